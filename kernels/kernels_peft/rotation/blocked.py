@@ -1,0 +1,114 @@
+"""The rotation in plain torch without autograd, in blocks of rows that stay in the cache.
+
+A pass over a tensor larger than the cache costs more than its arithmetic. Here every block of rows
+is read from memory once and written once; the further passes over it hit the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels_peft.rotation.reference import invert
+
+BLOCK_ELEMENTS = 1 << 19  # 2 MiB in float32: two such blocks fit in the last-level cache
+
+
+def rotate_blocked(x: Tensor, first: Tensor, second: Tensor, group_size: int) -> Tensor:
+    """Compute what `rotate_reference` computes along the last dimension.
+
+    Shapes:
+        x: (..., d). first, second: (n,), n <= d. Returns (..., d), contiguous, the dtype of x.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    n = first.shape[0]
+    out[:, n:] = rows[:, n:]
+    first, second = _widen(first, x), _widen(second, x)
+    for block in _blocks(rows):
+        target = out[block, :n]
+        _rotate_into(target, _widen(rows[block, :n], x), first, second, group_size)
+    return out.view(x.shape)
+
+
+def rotate_backward_blocked(
+    grad: Tensor,
+    saved: Tensor,
+    first: Tensor,
+    second: Tensor,
+    group_size: int,
+    saved_is_output: bool,
+    input_grad: bool,
+    coefficient_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, first and second; what is not asked for comes back empty.
+
+    Shapes:
+        grad: (..., d). saved: (..., d), the input of the rotation or its output; (0,) if no
+        coefficient gradient is asked for. Returns (..., d), (n,), (n,), the latter as `first`.
+    Source:
+        The two formulas of `rotation/README.md`.
+    """
+    rows, n, half = grad.reshape(-1, grad.shape[-1]), first.shape[0], group_size // 2
+    wide_first, wide_second = _widen(first, grad), _widen(second, grad)
+    dx = grad.new_empty(rows.shape if input_grad else 0)
+    if input_grad:
+        dx[:, n:] = rows[:, n:]
+        transposed = -wide_second.unflatten(0, (-1, 2, half)).flip(1).flatten()
+    if coefficient_grad:
+        saved = saved.reshape(rows.shape)
+        d_first, d_second = torch.zeros_like(wide_first), torch.zeros_like(wide_second)
+        if saved_is_output:
+            inverse_first, inverse_second = invert(wide_first, wide_second, group_size)
+    for block in _blocks(rows):
+        g = _widen(rows[block, :n], grad)
+        if input_grad:
+            _rotate_into(dx[block, :n], g, wide_first, transposed, group_size)
+        if coefficient_grad:
+            h = _widen(saved[block, :n], grad)
+            if saved_is_output:
+                h = _rotate_into(torch.empty_like(h), h, inverse_first, inverse_second, group_size)
+            product = g * h
+            d_first += product.sum(0)
+            crossed, (g_low, g_high), (h_low, h_high) = (_halves(t, half) for t in (product, g, h))
+            torch.mul(g_low, h_high, out=crossed[0])
+            torch.mul(g_high, h_low, out=crossed[1])
+            d_second += product.sum(0)
+    if not coefficient_grad:
+        return dx.view(grad.shape), first.new_empty(0), second.new_empty(0)
+    _halves(d_second, half)[0].neg_()
+    dx = dx.view(grad.shape) if input_grad else dx
+    return dx, d_first.to(first.dtype), d_second.to(second.dtype)
+
+
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    step = max(1, BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _widen(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def _halves(tensor: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    low, high = tensor.unflatten(-1, (-1, 2, half)).unbind(-2)
+    return low, high
+
+
+def _rotate_into(
+    target: Tensor, x: Tensor, first: Tensor, second: Tensor, group_size: int
+) -> Tensor:
+    """Write the rotation of `x`, already in the compute dtype, to `target` of any float dtype."""
+    out = target if target.dtype == x.dtype else torch.empty_like(x)
+    torch.mul(x, first, out=out)
+    (low, high), (out_low, out_high), (second_low, second_high) = (
+        _halves(t, group_size // 2) for t in (x, out, second)
+    )
+    out_low.addcmul_(high, second_low, value=-1)
+    out_high.addcmul_(low, second_high)
+    if out is not target:
+        target.copy_(out)
+    return target
