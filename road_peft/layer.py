@@ -1,0 +1,423 @@
+"""The adapted layer: any module whose outputs can be rotated."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft.tuners.road as upstream
+import torch
+from kernels_peft import determinants, invert, rotate, rotate_reference
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from road_peft.variants import VARIANTS
+from road_peft.weights import Delta, Rotation, Snapshot, rotate_bias, rotate_weight
+
+SINGULAR = 1e-6  # |det| of a block below this share of its squared norm
+
+
+class RoadLayer(nn.Module, upstream.RoadLayer):
+    """Rotates the outputs of `base_layer`: z = R (W x + b), plus B A x if the adapter has a LoRA.
+
+    Parameters are vectors in float32, one pair a LoRA matrices besides, keyed by adapter name.
+    Several active adapters rotate in turn; their LoRA deltas add up and are not rotated.
+
+    Source:
+        RoAd (arXiv:2409.00119), section 3.2. The bias is rotated, as in PEFT; the paper has none.
+    """
+
+    adapter_layer_names = ("road_theta", "road_alpha", "road_lora_A", "road_lora_B")
+    other_param_names = ("variant", "group_size", "recompute", "lora_scale", "lora_dropout")
+    lora_beside = True
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        in_features: int,
+        out_features: int,
+        *,
+        feature_dim: int = 0,
+        **backend_kwargs: Any,
+    ) -> None:
+        """Wrap `base_layer`, whose weight has the rotated features along `feature_dim`."""
+        super().__init__()  # upstream's own constructor accepts nn.Linear only
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.feature_dim = feature_dim
+        self.road_theta = nn.ParameterDict()
+        self.road_alpha = nn.ParameterDict()
+        self.road_lora_A = nn.ParameterDict()
+        self.road_lora_B = nn.ParameterDict()
+        self.variant: dict[str, str] = {}
+        self.group_size: dict[str, int] = {}
+        self.recompute: dict[str, bool] = {}
+        self.lora_scale: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.exact_unmerge = True
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged: Snapshot | None = None
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), **backend_kwargs
+        )
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        variant: str,
+        group_size: int,
+        init_weights: bool = True,
+        remainder: str = "error",
+        recompute: bool = False,
+        exact_unmerge: bool = True,
+        lora_rank: int = 0,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add the adapter, or replace the one of that name.
+
+        Raises:
+            ValueError: group_size does not divide the outputs and `remainder` is "error", no whole
+                group fits, or a LoRA is asked for where it cannot be had.
+        """
+        rotated = self.out_features - self.out_features % group_size
+        if not rotated or (rotated != self.out_features and remainder == "error"):
+            raise ValueError(
+                f"The out_features of the base layer must be divisible by group_size ({group_size})"
+                f" when using RoadLayer. This one has {self.out_features}: choose another"
+                " group_size (for one layer by group_size_pattern), leave the layer out by"
+                " exclude_modules" + (", or set remainder='identity'." if rotated else ".")
+            )
+        if lora_rank and not self.lora_beside:
+            raise ValueError(
+                f"lora_rank is {lora_rank}, but a {type(self).__name__} has no LoRA beside its"
+                " rotation; leave this layer out of target_modules or set lora_rank=0"
+            )
+        size = VARIANTS[variant].size(rotated)
+        self.variant[adapter_name] = variant
+        self.group_size[adapter_name] = group_size
+        self.recompute[adapter_name] = recompute
+        self.exact_unmerge = exact_unmerge
+        self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
+        self.road_alpha[adapter_name] = nn.Parameter(torch.empty(size))
+        if lora_rank:
+            self.lora_scale[adapter_name] = lora_alpha / lora_rank
+            self.lora_dropout[adapter_name] = lora_dropout
+            self.road_lora_A[adapter_name] = nn.Parameter(torch.empty(lora_rank, self.in_features))
+            self.road_lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, lora_rank))
+        self.reset_parameters(adapter_name, init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Make the adapter the identity, or random if `init_weights` is False (for tests)."""
+        with torch.no_grad():
+            if init_weights:
+                self.road_theta[adapter_name].zero_()
+                self.road_alpha[adapter_name].fill_(1)
+            else:
+                self.road_theta[adapter_name].normal_(0, 0.5)
+                self.road_alpha[adapter_name].normal_(1, 0.5)
+            if adapter_name in self.road_lora_A:
+                nn.init.kaiming_uniform_(self.road_lora_A[adapter_name], a=5**0.5)
+                if init_weights:
+                    self.road_lora_B[adapter_name].zero_()
+                else:
+                    self.road_lora_B[adapter_name].normal_(0, 0.02)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # In half precision 1 - 1e-3 rounds back to 1: parameters follow the device of the base
+        # layer, never a narrower dtype. `RoadModel._cast_adapter_dtype` casts if a user insists.
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device if device is not None else base_device
+        dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
+        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(device, dtype)
+
+    def coefficients(
+        self, adapter_name: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Give the coefficient vectors of the adapter, at least float32, differentiable.
+
+        Shapes:
+            Two vectors of the rotated features: out_features less what is left of whole groups.
+        """
+        dtype = torch.promote_types(dtype, torch.float32)
+        theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
+        variant = VARIANTS[self.variant[adapter_name]]
+        return variant.coefficients(theta.to(dtype), alpha.to(dtype), self.group_size[adapter_name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        if self.disable_adapters:
+            return self._base_forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if adapter_names is not None:
+            return self._rotate_rows(x, result, adapter_names)
+        for name in self._present(self.active_adapters):
+            first, second = self.coefficients(name, result.dtype)
+            result = rotate(
+                result, first, second, self.group_size[name], recompute=self.recompute[name]
+            )
+        for name in self._present(self.active_adapters):
+            if name in self.road_lora_A:
+                result = result + self._delta(name, x).to(result.dtype)
+        return result
+
+    def _delta(self, name: str, x: Tensor) -> Tensor:
+        a, b = self.road_lora_A[name], self.road_lora_B[name]
+        x = F.dropout(self._cast_input_dtype(x, a.dtype), self.lora_dropout[name], self.training)
+        return F.linear(F.linear(x, a), b) * self.lora_scale[name]
+
+    # ---- one adapter per row ------------------------------------------------------------------
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call"
+                " `unmerge_adapter` first."
+            )
+
+    def _rotate_rows(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
+        """Rotate row i by the adapter named i; rows of other names come back bit for bit.
+
+        The number of operations on data does not depend on how many adapters there are: their
+        coefficients are stacked and gathered, once for each group size in the batch.
+        """
+        here = sorted(self._present(set(adapter_names)))
+        for group_size in sorted({self.group_size[name] for name in here}):
+            names = [name for name in here if self.group_size[name] == group_size]
+            slots = {name: slot for slot, name in enumerate(names, 1)}
+            index = torch.tensor([slots.get(n, 0) for n in adapter_names], device=result.device)
+            pairs = [self.coefficients(name, result.dtype) for name in names]
+            pairs.insert(0, (torch.ones_like(pairs[0][0]), torch.zeros_like(pairs[0][0])))
+            first, second = (torch.stack(vectors)[index] for vectors in zip(*pairs, strict=True))
+            middle = (1,) * (result.dim() - 2)
+            result = rotate_reference(
+                result,
+                first.view(len(index), *middle, -1),
+                second.view(len(index), *middle, -1),
+                group_size,
+            )
+        for name in here:
+            if name in self.road_lora_A:
+                rows = torch.tensor(
+                    [i for i, n in enumerate(adapter_names) if n == name], device=result.device
+                )
+                delta = self._delta(name, x.index_select(0, rows)).to(result.dtype)
+                result = result.index_add(0, rows, delta)
+        return result
+
+    def _present(self, names: Any) -> list[str]:
+        return [name for name in names if name in self.road_theta]
+
+    # ---- merging ------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the adapters into the base layer: R W + B A and R b, in float32, rounded once.
+
+        The original tensors are kept, unless the configuration says `exact_unmerge=False`.
+
+        Raises:
+            ValueError: see `check_merge`; nothing was changed then.
+        """
+        names = self._mergeable(adapter_names)
+        if not names:
+            return
+        self.check_merge(names)
+        weight, bias = self._merged(names)
+        if safe_merge:
+            _check_finite(weight, bias, names)
+        if self.exact_unmerge and not self.merged:
+            self._unmerged = self._snapshot()
+        self._write(weight, bias)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+        """Find out whether the adapters can be merged, without changing anything.
+
+        Raises:
+            ValueError: the layer is quantised in a way that cannot be written back, a block is
+                singular and the original is not kept, or (if `safe_merge`) a value is not finite.
+        """
+        names = self._mergeable(adapter_names)
+        backend = self.quantization_backend
+        if names and backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"a {backend.backend_name} layer cannot be merged into; load the model without"
+                " quantisation to merge"
+            )
+        if not self.exact_unmerge:
+            for name in names:
+                self._check_invertible(name)
+        if names and safe_merge:
+            _check_finite(*self._merged(names), names)
+
+    @torch.no_grad()
+    def _merged(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
+        already = list(self.merged_adapters)
+        if self._unmerged is not None:
+            weight, bias = self._read(self._unmerged)
+            rotating, before = [*already, *names], []
+        else:
+            weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
+            rotating, before = names, _negative(self._deltas(already))
+        rotations = [self._rotation(name) for name in rotating]
+        merged = rotate_weight(
+            weight,
+            rotations,
+            before=before,
+            after=self._deltas([*already, *names]),
+            feature_dim=self.feature_dim,
+        )
+        return merged, None if bias is None else rotate_bias(bias.data, rotations)
+
+    def unmerge(self) -> None:
+        """Give the base layer its own weights back.
+
+        Bit for bit, unless `exact_unmerge=False`: then by the inverse of each block, rounded.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._unmerged is not None:
+            self.base_layer = self._unmerged.module
+            self._unmerged.restore()
+            self._unmerged = None
+        else:
+            with torch.no_grad():
+                for name in self.merged_adapters:
+                    self._check_invertible(name)
+                turns = self._inverse_rotations()
+                before = _negative(self._deltas(self.merged_adapters))
+                bias = getattr(self.get_base_layer(), "bias", None)
+                weight = rotate_weight(
+                    self.get_base_weight(), turns, before=before, feature_dim=self.feature_dim
+                )
+                self._write(weight, None if bias is None else rotate_bias(bias.data, turns))
+        self.merged_adapters.clear()
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the base layer computes without adapters, merged or not."""
+        if not self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if self._unmerged is None:
+            result = self.base_layer(x, *args, **kwargs)
+            for name in self.merged_adapters:
+                if name in self.road_lora_A:
+                    result = result - self._delta(name, x).to(result.dtype)
+            for first, second, group_size in self._inverse_rotations():
+                result = rotate(result, first, second, group_size)
+            return result
+        if self.quantization_backend is None:
+            return torch.func.functional_call(
+                self.base_layer, self._unmerged.tensors(), (x, *args), kwargs
+            )
+        with self._restored():
+            return self.base_layer(x, *args, **kwargs)
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        assert self._unmerged is not None
+        merged_module, merged = self.base_layer, self._snapshot()
+        self.base_layer = self._unmerged.module
+        self._unmerged.restore()
+        try:
+            yield
+        finally:
+            self.base_layer = merged_module
+            merged.restore()
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot.take(self.get_base_layer(), self.quantization_backend is not None)
+
+    def _read(self, snapshot: Snapshot) -> tuple[Tensor, Tensor | None]:
+        """Give the weight, dequantised, and the bias that a snapshot holds."""
+        tensors = snapshot.tensors()
+        if self.quantization_backend is None:
+            return tensors["weight"], tensors.get("bias")
+        with self._restored():
+            return self.get_base_weight(), tensors.get("bias")
+
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.set_base_weight(weight)
+        if bias is not None:
+            self.get_base_layer().bias.data = bias
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
+        return self._present(check_adapters_to_merge(self, adapter_names))
+
+    def _rotation(self, name: str) -> Rotation:
+        first, second = self.coefficients(name)
+        return first, second, self.group_size[name]
+
+    def _inverse_rotations(self) -> list[Rotation]:
+        turns = [self._rotation(name) for name in reversed(self.merged_adapters)]
+        return [(*invert(first, second, g), g) for first, second, g in turns]
+
+    def _deltas(self, names: list[str]) -> list[Delta]:
+        return [
+            (self.road_lora_A[n].data, self.road_lora_B[n].data, self.lora_scale[n])
+            for n in names
+            if n in self.road_lora_A
+        ]
+
+    def _check_invertible(self, name: str) -> None:
+        first, second, group_size = self._rotation(name)
+        squares = (first.square() + second.square()).view(-1, 2, group_size // 2)
+        share = determinants(first, second, group_size).abs() / squares.sum(1).flatten()
+        bad = torch.nonzero(~(share > SINGULAR)).flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"adapter {name!r} has {len(bad)} singular block(s), the first is number {bad[0]}:"
+                " merging it cannot be undone by an inverse; set exact_unmerge=True to keep the"
+                " original weight"
+            )
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return "road." + super().__repr__()
+
+
+def _negative(deltas: list[Delta]) -> list[Delta]:
+    return [(a, b, -scale) for a, b, scale in deltas]
+
+
+def _check_finite(weight: Tensor, bias: Tensor | None, names: list[str]) -> None:
+    for kind, value in (("weights", weight), ("bias", bias)):
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"NaNs detected in the merged {kind}. The adapter {', '.join(names)} seems to be"
+                " broken"
+            )
+
+
+class RoadLinear(RoadLayer):
+    """A linear layer, quantised or not, or GPT-2's Conv1D, with rotated outputs."""
+
+
+class RoadEmbedding(RoadLayer):
+    """An embedding whose vectors are rotated."""
+
+    lora_beside = False

@@ -1,0 +1,114 @@
+"""Rotating a weight matrix, and keeping the one it replaces.
+
+The arithmetic of merging: blockwise, in float32, rounded once; never a d x d matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kernels_peft import rotate_reference
+from torch import Tensor, nn
+
+BLOCK_ELEMENTS = 1 << 19
+
+Rotation = tuple[Tensor, Tensor, int]  # first, second, group_size
+Delta = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), scale
+
+
+def rotate_weight(
+    weight: Tensor,
+    rotations: Sequence[Rotation],
+    *,
+    before: Iterable[Delta] = (),
+    after: Iterable[Delta] = (),
+    feature_dim: int = 0,
+) -> Tensor:
+    """Give R (W + before) + after, where R applies `rotations` in turn along `feature_dim`.
+
+    Shapes:
+        weight: (out, in), or (in, out) if feature_dim is 1. Returns its shape and dtype.
+    Source:
+        RoAd (arXiv:2409.00119), section 3.2: W' = R W in PyTorch's layout.
+    """
+    merged = torch.empty_like(weight)
+    source, target = (w if feature_dim == 0 else w.t() for w in (weight, merged))
+    step = max(1, BLOCK_ELEMENTS // max(1, source.shape[0]))
+    before, after = list(before), list(after)
+    for start in range(0, source.shape[1], step):
+        columns = slice(start, start + step)
+        block = source[:, columns].to(_compute_dtype(weight))
+        for a, b, scale in before:
+            block = block + scale * (b @ a[:, columns]).to(block.dtype)
+        for first, second, group_size in rotations:
+            block = rotate_reference(block, first, second, group_size, dim=0)
+        for a, b, scale in after:
+            block = block + scale * (b @ a[:, columns]).to(block.dtype)
+        target[:, columns] = block
+    return merged
+
+
+def rotate_bias(bias: Tensor, rotations: Sequence[Rotation]) -> Tensor:
+    """Give R b, rounded once. Shapes: (out,), returned in its dtype."""
+    rotated = bias.to(_compute_dtype(bias))
+    for first, second, group_size in rotations:
+        rotated = rotate_reference(rotated, first, second, group_size)
+    return rotated.to(bias.dtype)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A module's own tensors as they were, quantised ones included; nothing is copied.
+
+    Merging replaces tensors and never writes into them, so holding the old ones costs the memory of
+    one weight for as long as the layer stays merged.
+    """
+
+    module: nn.Module
+    parameters: dict[str, tuple[nn.Parameter, Tensor, dict[str, Any]]]
+    buffers: dict[str, Tensor | None]
+    state: Any  # of a bitsandbytes 8-bit layer, which caches its codes there
+
+    quantized: bool
+
+    @classmethod
+    def take(cls, module: nn.Module, quantized: bool) -> Snapshot:
+        """Remember `module` as it is now."""
+        return cls(
+            module,
+            {
+                name: (p, p.data, dict(p.__dict__))
+                for name, p in module._parameters.items()
+                if p is not None
+            },
+            dict(module._buffers),
+            copy.copy(getattr(module, "state", None)),
+            quantized,
+        )
+
+    def restore(self) -> None:
+        """Put every tensor back, on the device and in the dtype that the module has by now."""
+        tensors = self.tensors()
+        for name, (parameter, _, attributes) in self.parameters.items():
+            parameter.data = tensors[name]
+            parameter.__dict__.update(attributes)
+            self.module._parameters[name] = parameter
+        self.module._buffers.update(self.buffers)
+        if self.state is not None:
+            self.module.state = self.state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the remembered parameters by name."""
+        now = self.module._parameters
+        return {
+            name: data if self.quantized else data.to(now[name].device, now[name].dtype)
+            for name, (_, data, _) in self.parameters.items()
+        }
