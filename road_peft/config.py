@@ -70,8 +70,8 @@ class RoadConfig(upstream.RoadConfig):
     lora_rank: int = field(
         default=0,
         metadata={
-            "help": "Rank of a LoRA beside the rotation, z = R W x + B A x; 0 for none. The delta is"
-            " not rotated (RoAd paper, Table 6)."
+            "help": "Rank of a LoRA beside the rotation, z = R W x + B A x; 0 for none. The delta"
+            " is not rotated (RoAd paper, Table 6)."
         },
     )
     lora_alpha: float = field(

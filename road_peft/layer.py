@@ -9,12 +9,12 @@ from typing import Any
 
 import peft.tuners.road as upstream
 import torch
-from kernels_peft import determinants, invert, rotate, rotate_reference
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels_peft import determinants, invert, rotate, rotate_reference
 from road_peft.variants import VARIANTS
 from road_peft.weights import Delta, Rotation, Snapshot, rotate_bias, rotate_weight
 

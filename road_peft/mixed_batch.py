@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from road_peft.layer import RoadLayer
 
@@ -26,24 +27,58 @@ def route_rows(
         ValueError: a name that no layer knows.
     """
     _check_names(model, adapter_names)
-    repeats = _repeats(model, arguments)
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = adapter_names
-        # an encoder sees each row once, a decoder as often as it is repeated
-        if args and len(args[0]) == repeats * len(names):
-            names = [name for name in names for _ in range(repeats)]
-        return args, {**kwargs, "adapter_names": names}
-
+    batch = _Batch(adapter_names, _repeats(model, arguments))
     handles = []
     try:
         for module in model.modules():
+            hook = None
             if isinstance(module, RoadLayer | AuxiliaryTrainingWrapper):
+                hook = batch.add_names
+            elif isinstance(module, PreTrainedModel):
+                hook = batch.note_shape
+            if hook is not None:
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Batch:
+    """Which adapter each row of an input takes, however `generate` or a block lays rows out.
+
+    A decoder sees a row as often as it is repeated, an encoder once. Some blocks (OPT's) flatten
+    (rows, tokens) before a linear layer; then a row stands for its tokens.
+    """
+
+    def __init__(self, names: list[str], repeats: int) -> None:
+        self.names, self.repeats = names, repeats
+        self.tokens_per_row = 1
+
+    def note_shape(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Pre-hook of a model: remember how many tokens a row has."""
+        for value in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
+            if isinstance(value, Tensor) and value.dim() > 1:
+                self.tokens_per_row = value.shape[1]
+                break
+        return args, kwargs
+
+    def add_names(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Pre-hook of a layer: hand it one name per row of its input."""
+        copies = 1
+        if args:
+            copies, left = divmod(len(args[0]), len(self.names))
+            allowed = {1, self.repeats}
+            if args[0].dim() == 2:
+                allowed |= {n * self.tokens_per_row for n in allowed}
+            if left or copies not in allowed:
+                copies = 1  # the layer reports the mismatch
+        names = [name for name in self.names for _ in range(copies)]
+        return args, {**kwargs, "adapter_names": names}
 
 
 def _check_names(model: nn.Module, adapter_names: list[str]) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import peft.tuners.road as upstream
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
@@ -255,9 +254,21 @@ def _linear_layers_of_blocks(model: nn.Module, config: RoadConfig) -> set[str]:
             + (", ..." if len(left_out) > 4 else ""),
             stacklevel=2,
         )
-    suffixes = {name.rpartition(".")[2] for name in targets}
-    ambiguous = any(n not in targets and n.rpartition(".")[2] in suffixes for n in names)
-    return targets if ambiguous else suffixes
+    others = [name for name in names if name not in targets]
+    return {_shortest_suffix(name, others) for name in targets}
+
+
+def _shortest_suffix(name: str, others: list[str]) -> str:
+    """Shorten a module's name as long as PEFT, which matches suffixes, cannot take it for another.
+
+    A full name would match exactly, whatever `layers_to_transform` says.
+    """
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        suffix = ".".join(parts[-length:])
+        if not any(other == suffix or other.endswith("." + suffix) for other in others):
+            return suffix
+    return name
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels_peft import rotate_reference
 from torch import Tensor, nn
+
+from kernels_peft import rotate_reference
 
 BLOCK_ELEMENTS = 1 << 19
 

@@ -22,15 +22,15 @@ def rotate_blocked(x: Tensor, first: Tensor, second: Tensor, group_size: int) ->
     Shapes:
         x: (..., d). first, second: (n,), n <= d. Returns (..., d), contiguous, the dtype of x.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    n = first.shape[0]
-    out[:, n:] = rows[:, n:]
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    targets, n = out.view(rows.shape), first.shape[0]
+    targets[:, n:] = rows[:, n:]
     first, second = _widen(first, x), _widen(second, x)
     for block in _blocks(rows):
-        target = out[block, :n]
+        target = targets[block, :n]
         _rotate_into(target, _widen(rows[block, :n], x), first, second, group_size)
-    return out.view(x.shape)
+    return out
 
 
 def rotate_backward_blocked(
@@ -51,11 +51,13 @@ def rotate_backward_blocked(
     Source:
         The two formulas of `rotation/README.md`.
     """
-    rows, n, half = grad.reshape(-1, grad.shape[-1]), first.shape[0], group_size // 2
+    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
+    n, half = first.shape[0], group_size // 2
     wide_first, wide_second = _widen(first, grad), _widen(second, grad)
-    dx = grad.new_empty(rows.shape if input_grad else 0)
+    dx = grad.new_empty(grad.shape if input_grad else 0)
     if input_grad:
-        dx[:, n:] = rows[:, n:]
+        targets = dx.view(rows.shape)
+        targets[:, n:] = rows[:, n:]
         transposed = -wide_second.unflatten(0, (-1, 2, half)).flip(1).flatten()
     if coefficient_grad:
         saved = saved.reshape(rows.shape)
@@ -65,7 +67,7 @@ def rotate_backward_blocked(
     for block in _blocks(rows):
         g = _widen(rows[block, :n], grad)
         if input_grad:
-            _rotate_into(dx[block, :n], g, wide_first, transposed, group_size)
+            _rotate_into(targets[block, :n], g, wide_first, transposed, group_size)
         if coefficient_grad:
             h = _widen(saved[block, :n], grad)
             if saved_is_output:
@@ -77,9 +79,8 @@ def rotate_backward_blocked(
             torch.mul(g_high, h_low, out=crossed[1])
             d_second += product.sum(0)
     if not coefficient_grad:
-        return dx.view(grad.shape), first.new_empty(0), second.new_empty(0)
+        return dx, first.new_empty(0), second.new_empty(0)
     _halves(d_second, half)[0].neg_()
-    dx = dx.view(grad.shape) if input_grad else dx
     return dx, d_first.to(first.dtype), d_second.to(second.dtype)
 
 
