@@ -1,22 +1,33 @@
 """RoAd: adapters that rotate and scale pairs of a layer's outputs, as a tuner of PEFT.
 
 Importing this package gives `PeftType.ROAD` to its classes: `get_peft_model`, `PeftModel` and
-transformers' adapter methods use them from then on. Files interchange with PEFT's own RoAd.
+transformers' adapter methods use them from then on. Files interchange with PEFT's own RoAd. It also
+watches optimizers for weight decay on RoAd's scales, and warns.
 """
 
 from road_peft._register import register, unregister
 from road_peft.config import RoadConfig
+from road_peft.diagnostics import LayerReport, inspect_adapter
+from road_peft.hotswap import hotswap_adapter
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.model import RoadModel
+from road_peft.optim import PRESETS, Preset, road_parameter_groups, watch_optimizers
 
 __all__ = [
+    "PRESETS",
+    "LayerReport",
+    "Preset",
     "RoadConfig",
     "RoadEmbedding",
     "RoadLayer",
     "RoadLinear",
     "RoadModel",
+    "hotswap_adapter",
+    "inspect_adapter",
     "register",
+    "road_parameter_groups",
     "unregister",
 ]
 
 register()
+watch_optimizers()

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import peft.tuners.road as upstream
+from peft.utils.other import get_pattern_key
 
 from road_peft.variants import VARIANTS
 
@@ -137,6 +138,31 @@ class RoadConfig(upstream.RoadConfig):
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no LoRA) or positive")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+
+    @classmethod
+    def of(cls, config: Any) -> RoadConfig:
+        """Give `config` as this class; fields that a plain `peft.RoadConfig` lacks are default."""
+        if isinstance(config, cls):
+            return config
+        known = {f.name for f in fields(cls)} - {"peft_type"}
+        return cls(**{name: value for name, value in vars(config).items() if name in known})
+
+    def layer_arguments(self, module_name: str) -> dict[str, Any]:
+        """Give what `RoadLayer.update_layer` takes for the module of that name."""
+        variant_key = get_pattern_key(list(self.variant_pattern), module_name)
+        group_size_key = get_pattern_key(list(self.group_size_pattern), module_name)
+        return {
+            "variant": self.variant_pattern.get(variant_key, self.variant),
+            "group_size": self.group_size_pattern.get(group_size_key, self.group_size),
+            "init_weights": self.init_weights,
+            "remainder": self.remainder,
+            "recompute": self.recompute,
+            "exact_unmerge": self.exact_unmerge,
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "inference_mode": self.inference_mode,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Give the dictionary that is saved: PEFT's keys, and ours where they are not default."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import peft.tuners.road as upstream
 import torch
@@ -34,6 +35,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
     adapter_layer_names = ("road_theta", "road_alpha", "road_lora_A", "road_lora_B")
     other_param_names = ("variant", "group_size", "recompute", "lora_scale", "lora_dropout")
     lora_beside = True
+    instances: ClassVar[weakref.WeakSet[RoadLayer]] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -65,8 +67,13 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), **backend_kwargs
         )
+        self.instances.add(self)
 
-    def update_layer(
+    def __setstate__(self, state: dict[str, Any]) -> None:  # copies and pickles
+        super().__setstate__(state)
+        self.instances.add(self)
+
+    def update_layer(  # type: ignore[override]  # flat arguments instead of a configuration
         self,
         adapter_name: str,
         *,

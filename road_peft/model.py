@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import peft.tuners.road as upstream
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.other import get_pattern_key
+import torch
+from peft.tuners.tuners_utils import onload_layer
+from peft.utils import get_quantization_kwargs
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from road_peft.composition import COMBINATIONS
 from road_peft.config import RoadConfig
-from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
+from road_peft.layer import RoadLayer
 from road_peft.mixed_batch import route_rows
-
-_BLOCK_NUMBER = re.compile(r"\.\d+\.")
+from road_peft.targets import linear_layers_of_blocks, wrap
+from road_peft.variants import VARIANTS
 
 
 class RoadModel(upstream.RoadModel):
@@ -30,7 +29,7 @@ class RoadModel(upstream.RoadModel):
         RoAd (arXiv:2409.00119).
     """
 
-    tuner_layer_cls = RoadLayer
+    tuner_layer_cls = RoadLayer  # type: ignore[assignment]  # a subclass, which upstream leaves out
 
     # ---- which modules ------------------------------------------------------------------------
 
@@ -41,10 +40,12 @@ class RoadModel(upstream.RoadModel):
                     "Please specify `target_modules` in `peft_config`: the default, every linear"
                     " layer of the blocks, is known for transformers models only"
                 )
-            peft_config.target_modules = _linear_layers_of_blocks(self.model, _ours(peft_config))
+            peft_config.target_modules = linear_layers_of_blocks(
+                self.model, RoadConfig.of(peft_config)
+            )
         return peft_config
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # the argument's name is upstream's
         self,
         road_config: Any,
         adapter_name: str,
@@ -56,7 +57,7 @@ class RoadModel(upstream.RoadModel):
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
-        config = _ours(road_config)
+        config = RoadConfig.of(road_config)
         try:
             if isinstance(target, RoadLayer):
                 layer = target
@@ -64,7 +65,7 @@ class RoadModel(upstream.RoadModel):
                 layer = self._create_new_module(
                     config, adapter_name, target, **get_quantization_kwargs(self.model)
                 )
-            layer.update_layer(adapter_name, **_layer_arguments(config, current_key))
+            layer.update_layer(adapter_name, **config.layer_arguments(current_key))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
         if layer is not target:
@@ -76,15 +77,20 @@ class RoadModel(upstream.RoadModel):
     def _create_new_module(
         road_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> RoadLayer:
-        layer = _wrap(target, **kwargs)
+        layer = wrap(target, **kwargs)
         layer._active_adapter = adapter_name
         return layer
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Add the layers of one adapter; see `peft.tuners.tuners_utils.BaseTuner`."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        """Add the layers of one adapter, all or none; see `peft.tuners.tuners_utils.BaseTuner`."""
+        before = {id(m) for m in model.modules() if isinstance(m, RoadLayer)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _take_back(model, adapter_name, before)
+            raise
         self.peft_config[adapter_name]._resolved_modules = sorted(
             name
             for name, layer in model.named_modules()
@@ -137,12 +143,11 @@ class RoadModel(upstream.RoadModel):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        unload: Any = super()._unload_and_optionally_merge  # annotated None, gives the model
+        return unload(merge, progressbar, safe_merge, adapter_names)
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         shared = _shared_weights(self.model)
@@ -161,6 +166,101 @@ class RoadModel(upstream.RoadModel):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
+    # ---- combining ----------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "product",
+    ) -> None:
+        """Add an adapter that combines others in closed form; it is not made active.
+
+        `combination_type` is "product" (apply them in turn; powers for road_1), "linear" (weighted
+        sum of the blocks) or "interpolation" (identity plus weighted changes). The result is road_1
+        if every adapter is, else road_4, which holds any block. Where an adapter has no layer it
+        counts as the identity.
+
+        Raises:
+            ValueError: unknown names, adapters of different group sizes or with a LoRA, or a
+                result that is not finite; the model is unchanged then.
+        """
+        self._check_combination(adapters, weights, adapter_name, combination_type)
+        combine = COMBINATIONS[combination_type]
+        closures, combined = set(), {}
+        for name, layer in self.road_layers():
+            here = layer._present(adapters)
+            if not here:
+                continue
+            sizes = {layer.group_size[n] for n in here}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"{name}: the adapters have group sizes {sorted(sizes)}; blocks of different"
+                    " pairs do not combine"
+                )
+            pairs = [layer.coefficients(n) if n in here else None for n in adapters]
+            one = torch.ones_like(layer.coefficients(here[0])[0])
+            blocks = [pair or (one, torch.zeros_like(one)) for pair in pairs]
+            with torch.no_grad():
+                result = combine(blocks, weights, sizes.pop())
+            if not all(torch.isfinite(vector).all() for vector in result):
+                raise ValueError(f"{name}: the combination is not finite; check the weights")
+            closures |= {VARIANTS[layer.variant[n]].closure for n in here}
+            combined[name] = result
+        self._add_combined(adapters[0], adapter_name, combined, max(closures))
+
+    def _check_combination(
+        self, adapters: list[str], weights: list[float], adapter_name: str, kind: str
+    ) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; choose another name")
+        unknown = sorted(set(adapters) - set(self.peft_config))
+        if unknown or not adapters:
+            raise ValueError(
+                f"adapters {unknown or adapters} do not exist; choose from"
+                f" {sorted(self.peft_config)}"
+            )
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters but {len(weights)} weights; give one each")
+        if kind not in COMBINATIONS:
+            raise ValueError(
+                f"combination_type is {kind!r}; choose from {', '.join(sorted(COMBINATIONS))}"
+            )
+        for name, layer in self.road_layers():
+            beside = [n for n in adapters if n in layer.road_lora_A]
+            if beside:
+                raise ValueError(f"{name}: {beside[0]!r} has a LoRA; only rotations combine")
+
+    def _add_combined(
+        self,
+        like: str,
+        adapter_name: str,
+        combined: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        variant: str,
+    ) -> None:
+        config = replace(
+            RoadConfig.of(self.peft_config[like]),
+            variant=variant,
+            variant_pattern={},
+            target_modules=list(combined),
+            modules_to_save=None,
+            trainable_token_indices=None,
+            recompute=False,
+            init_weights=True,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for name, layer in self.road_layers():
+            if adapter_name in layer.road_theta:
+                group_size = layer.group_size[adapter_name]
+                theta, alpha = VARIANTS[variant].parameters(*combined[name], group_size)
+                layer.road_theta[adapter_name].data.copy_(theta)
+                layer.road_alpha[adapter_name].data.copy_(alpha)
+
     # ---- one adapter per row ------------------------------------------------------------------
 
     @contextmanager
@@ -175,100 +275,17 @@ class RoadModel(upstream.RoadModel):
             yield
 
 
-def _ours(config: Any) -> RoadConfig:
-    """Give `config` as our class; a plain `peft.RoadConfig` lacks fields, which keep defaults."""
-    if isinstance(config, RoadConfig):
-        return config
-    known = RoadConfig.__dataclass_fields__
-    return RoadConfig(**{k: v for k, v in vars(config).items() if k in known and k != "peft_type"})
-
-
-def _layer_arguments(config: RoadConfig, key: str) -> dict[str, Any]:
-    variant_key = get_pattern_key(list(config.variant_pattern), key)
-    group_size_key = get_pattern_key(list(config.group_size_pattern), key)
-    return {
-        "variant": config.variant_pattern.get(variant_key, config.variant),
-        "group_size": config.group_size_pattern.get(group_size_key, config.group_size),
-        "init_weights": config.init_weights,
-        "remainder": config.remainder,
-        "recompute": config.recompute,
-        "exact_unmerge": config.exact_unmerge,
-        "lora_rank": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "inference_mode": config.inference_mode,
-    }
-
-
-def _wrap(target: nn.Module, **backend_kwargs: Any) -> RoadLayer:
-    if isinstance(target, BaseTunerLayer):
-        raise ValueError(
-            f"this layer already carries an adapter of another method ({type(target).__name__});"
-            " for a LoRA beside the rotation set lora_rank, else unload the other adapter first"
-        )
-    if isinstance(target, nn.Embedding):
-        sizes = (target.num_embeddings, target.embedding_dim)
-        return RoadEmbedding(target, *sizes, feature_dim=1, **backend_kwargs)
-    if isinstance(target, Conv1D):
-        sizes = (target.weight.shape[0], target.nf)
-        return RoadLinear(target, *sizes, feature_dim=1, **backend_kwargs)
-    if _is_linear(target, **backend_kwargs):
-        return RoadLinear(target, target.in_features, target.out_features, **backend_kwargs)
-    raise ValueError(
-        f"Target module {target} is not supported. Currently, only the following modules are"
-        " supported: `torch.nn.Linear`. Also `torch.nn.Embedding`, `Conv1D` of transformers, and"
-        " the quantised linear layers that PEFT knows."
-    )
-
-
-def _is_linear(base: nn.Module, **backend_kwargs: Any) -> bool:
-    if isinstance(base, nn.Linear | Conv1D):
-        return True
-    backend = resolve_quantization_backend(base, **backend_kwargs)
-    return backend is not None and backend.layer_type == "linear"
-
-
-def _linear_layers_of_blocks(model: nn.Module, config: RoadConfig) -> set[str]:
-    """Name every linear layer inside a numbered block, by suffixes where these are unambiguous."""
-    names, targets, left_out, inside = [], set(), [], ()
-    kwargs = get_quantization_kwargs(model)
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
+def _take_back(model: nn.Module, adapter_name: str, before: set[int]) -> None:
+    """Undo an injection that failed half-way; `before` are the layers that were there already."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, RoadLayer):
             continue
-        names.append(name)
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if base is not module:
-            inside = (*inside, name + ".")
-        if not _BLOCK_NUMBER.search(name) or not _is_linear(base, **kwargs):
+        if id(layer) in before:
+            if adapter_name in layer.road_theta:
+                layer.delete_adapter(adapter_name)
             continue
-        features = base.nf if isinstance(base, Conv1D) else base.out_features
-        size = _layer_arguments(config, name)["group_size"]
-        if features < size or (features % size and config.remainder == "error"):
-            left_out.append(f"{name} ({features})")
-        else:
-            targets.add(name)
-    if left_out:
-        warnings.warn(
-            f"group_size={config.group_size} does not divide the outputs of {len(left_out)} linear"
-            f" layer(s), which are left out: {', '.join(left_out[:4])}"
-            + (", ..." if len(left_out) > 4 else ""),
-            stacklevel=2,
-        )
-    others = [name for name in names if name not in targets]
-    return {_shortest_suffix(name, others) for name in targets}
-
-
-def _shortest_suffix(name: str, others: list[str]) -> str:
-    """Shorten a module's name as long as PEFT, which matches suffixes, cannot take it for another.
-
-    A full name would match exactly, whatever `layers_to_transform` says.
-    """
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        suffix = ".".join(parts[-length:])
-        if not any(other == suffix or other.endswith("." + suffix) for other in others):
-            return suffix
-    return name
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:

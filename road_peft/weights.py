@@ -108,7 +108,7 @@ class Snapshot:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the remembered parameters by name."""
-        now = self.module._parameters
+        now = dict(self.module.named_parameters(recurse=False))
         return {
             name: data if self.quantized else data.to(now[name].device, now[name].dtype)
             for name, (_, data, _) in self.parameters.items()

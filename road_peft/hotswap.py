@@ -1,0 +1,100 @@
+"""Replacing an adapter's values in place, without recompiling the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from road_peft.config import RoadConfig
+from road_peft.layer import RoadLayer
+
+_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def load_adapter_files(path: str | Path) -> tuple[RoadConfig, dict[str, Tensor]]:
+    """Read an adapter's configuration and tensors from a folder or a hub repository.
+
+    Raises:
+        ValueError: the folder holds no RoAd adapter, or its tensors are not in safetensors format.
+    """
+    folder = Path(path)
+    try:
+        config = RoadConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no readable adapter_config.json; give the folder that"
+            f" save_pretrained wrote, or a hub repository ({error})"
+        ) from error
+    if not isinstance(config, RoadConfig):
+        raise ValueError(f"{path} holds a {config.peft_type} adapter; a ROAD adapter is needed")
+    try:
+        file = folder / _FILE if folder.is_dir() else Path(hf_hub_download(str(path), _FILE))
+        return config, load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} holds no readable {_FILE}; only the safetensors format is loaded ({error})"
+        ) from error
+
+
+def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Replace the values of a RoAd adapter of `model` by those of a saved one, in place.
+
+    Parameters stay the same objects, so a compiled model or a captured CUDA graph uses the new
+    values without being compiled again. Both adapters must have the same layers, variants and group
+    sizes. Everything is checked before the first value changes.
+
+    Raises:
+        ValueError: what does not match, or a value that is not finite, or the adapter is merged.
+    """
+    config, tensors = load_adapter_files(path)
+    targets = _targets(model, adapter_name, config)
+    missing, unknown = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets)
+    if missing or unknown:
+        raise ValueError(
+            f"{path} does not fit adapter {adapter_name!r}: {len(missing)} tensor(s) are missing"
+            f" ({', '.join(missing[:3])}) and {len(unknown)} are unknown"
+            f" ({', '.join(unknown[:3])}); swap only adapters of the same layers"
+        )
+    for key, parameter in targets.items():
+        if tensors[key].shape != parameter.shape:
+            raise ValueError(
+                f"{key} has shape {tuple(tensors[key].shape)} in {path} and"
+                f" {tuple(parameter.shape)} in the model; swap only adapters of the same variant"
+            )
+        if not torch.isfinite(tensors[key]).all():
+            raise ValueError(f"{key} in {path} holds values that are not finite")
+    with torch.no_grad():
+        for key, parameter in targets.items():
+            parameter.copy_(tensors[key])
+
+
+def _targets(model: nn.Module, adapter_name: str, config: RoadConfig) -> dict[str, nn.Parameter]:
+    targets: dict[str, nn.Parameter] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, RoadLayer) or adapter_name not in layer.road_theta:
+            continue
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before swapping")
+        key = name.removeprefix("_orig_mod.").removeprefix(PREFIX)
+        theirs = config.layer_arguments(key)
+        for field, ours in (
+            ("variant", layer.variant[adapter_name]),
+            ("group_size", layer.group_size[adapter_name]),
+        ):
+            if theirs[field] != ours:
+                raise ValueError(
+                    f"{key} has {field} {ours!r} in the model and {theirs[field]!r} in the file;"
+                    " swap only adapters of the same variant and group size"
+                )
+        for parameters in layer.adapter_layer_names:
+            if adapter_name in getattr(layer, parameters):
+                targets[f"{PREFIX}{key}.{parameters}"] = getattr(layer, parameters)[adapter_name]
+    if not targets:
+        raise ValueError(f"the model has no RoAd adapter named {adapter_name!r}")
+    return targets

@@ -1,0 +1,98 @@
+"""Which modules can be adapted, which are by default, and with which layer."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from road_peft.config import RoadConfig
+from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
+
+_BLOCK_NUMBER = re.compile(r"\.\d+\.")
+
+
+def wrap(target: nn.Module, **backend_kwargs: Any) -> RoadLayer:
+    """Give the layer that adapts `target`, still without an adapter.
+
+    Raises:
+        ValueError: a module that is not a linear layer or an embedding, or has other adapters.
+    """
+    if isinstance(target, BaseTunerLayer):
+        raise ValueError(
+            f"this layer already carries an adapter of another method ({type(target).__name__});"
+            " for a LoRA beside the rotation set lora_rank, else unload the other adapter first"
+        )
+    if isinstance(target, nn.Embedding):
+        return RoadEmbedding(target, *_sizes(target), feature_dim=1, **backend_kwargs)
+    if _is_linear(target, **backend_kwargs):
+        feature_dim = 1 if isinstance(target, Conv1D) else 0
+        return RoadLinear(target, *_sizes(target), feature_dim=feature_dim, **backend_kwargs)
+    raise ValueError(
+        f"Target module {target} is not supported. Currently, only the following modules are"
+        " supported: `torch.nn.Linear`. Also `torch.nn.Embedding`, `Conv1D` of transformers, and"
+        " the quantised linear layers that PEFT knows."
+    )
+
+
+def _sizes(base: nn.Module) -> tuple[int, int]:
+    in_features, out_features = _get_in_out_features(base)
+    if in_features is None or out_features is None:
+        raise ValueError(f"the sizes of {base} cannot be found out")
+    return in_features, out_features
+
+
+def _is_linear(base: nn.Module, **backend_kwargs: Any) -> bool:
+    if isinstance(base, nn.Linear | Conv1D):
+        return True
+    backend = resolve_quantization_backend(base, **backend_kwargs)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def linear_layers_of_blocks(model: nn.Module, config: RoadConfig) -> set[str]:
+    """Name every linear layer inside a numbered block, by suffixes where these are unambiguous."""
+    names, targets, left_out = [], set(), []
+    inside: tuple[str, ...] = ()
+    kwargs = get_quantization_kwargs(model)
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        names.append(name)
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if base is not module:
+            inside = (*inside, name + ".")
+        if not _BLOCK_NUMBER.search(name) or not _is_linear(base, **kwargs):
+            continue
+        _, features = _sizes(base)
+        size = config.layer_arguments(name)["group_size"]
+        if features < size or (features % size and config.remainder == "error"):
+            left_out.append(f"{name} ({features})")
+        else:
+            targets.add(name)
+    if left_out:
+        warnings.warn(
+            f"group_size={config.group_size} does not divide the outputs of {len(left_out)} linear"
+            f" layer(s), which are left out: {', '.join(left_out[:4])}"
+            + (", ..." if len(left_out) > 4 else ""),
+            stacklevel=2,
+        )
+    others = [name for name in names if name not in targets]
+    return {_shortest_suffix(name, others) for name in targets}
+
+
+def _shortest_suffix(name: str, others: list[str]) -> str:
+    """Shorten a module's name as long as PEFT, which matches suffixes, cannot take it for another.
+
+    A full name would match exactly, whatever `layers_to_transform` says.
+    """
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        suffix = ".".join(parts[-length:])
+        if not any(other == suffix or other.endswith("." + suffix) for other in others):
+            return suffix
+    return name
