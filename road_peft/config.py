@@ -64,6 +64,13 @@ class RoadConfig(upstream.RoadConfig):
             " leave the features after the last whole group as they are."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters to adapt that belong to no layer: experts stacked as"
+            " (experts, out, in). Costs time and memory of the size of the weights."
+        },
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata={"help": "Token ids whose embeddings are trained and saved with the adapter."},

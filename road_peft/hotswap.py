@@ -82,7 +82,7 @@ def _targets(model: nn.Module, adapter_name: str, config: RoadConfig) -> dict[st
         if adapter_name in layer.merged_adapters:
             raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before swapping")
         key = name.removeprefix("_orig_mod.").removeprefix(PREFIX)
-        theirs = config.layer_arguments(key)
+        theirs = config.layer_arguments(layer.module_name)
         for field, ours in (
             ("variant", layer.variant[adapter_name]),
             ("group_size", layer.group_size[adapter_name]),

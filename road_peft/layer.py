@@ -35,6 +35,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
     adapter_layer_names = ("road_theta", "road_alpha", "road_lora_A", "road_lora_B")
     other_param_names = ("variant", "group_size", "recompute", "lora_scale", "lora_dropout")
     lora_beside = True
+    weight_name, bias_name = "weight", "bias"
     instances: ClassVar[weakref.WeakSet[RoadLayer]] = weakref.WeakSet()
 
     def __init__(
@@ -44,13 +45,18 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         out_features: int,
         *,
         feature_dim: int = 0,
+        copies: int = 1,
         **backend_kwargs: Any,
     ) -> None:
-        """Wrap `base_layer`, whose weight has the rotated features along `feature_dim`."""
+        """Wrap `base_layer`, whose weight has the rotated features along `feature_dim`.
+
+        `copies` is the number of weights of this size, each with coefficients of its own.
+        """
         super().__init__()  # upstream's own constructor accepts nn.Linear only
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
-        self.feature_dim = feature_dim
+        self.feature_dim, self.copies = feature_dim, copies
+        self.module_name = ""  # in the base model; patterns of the configuration match it
         self.road_theta = nn.ParameterDict()
         self.road_alpha = nn.ParameterDict()
         self.road_lora_A = nn.ParameterDict()
@@ -107,7 +113,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 f"lora_rank is {lora_rank}, but a {type(self).__name__} has no LoRA beside its"
                 " rotation; leave this layer out of target_modules or set lora_rank=0"
             )
-        size = VARIANTS[variant].size(rotated)
+        size = VARIANTS[variant].size(rotated) * self.copies
         self.variant[adapter_name] = variant
         self.group_size[adapter_name] = group_size
         self.recompute[adapter_name] = recompute
@@ -144,7 +150,12 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
     ) -> None:
         # In half precision 1 - 1e-3 rounds back to 1: parameters follow the device of the base
         # layer, never a narrower dtype. `RoadModel._cast_adapter_dtype` casts if a user insists.
-        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(base)
+        if base_device is None:  # HQQ keeps its codes under another name, experts have no weight
+            held = getattr(base, "W_q", None)
+            held = next(base.parameters(), None) if held is None else held
+            base_device = None if held is None else held.device
         device = device if device is not None else base_device
         dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         for parameters in (getattr(self, name) for name in self.adapter_layer_names):
@@ -286,7 +297,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             weight, bias = self._read(self._unmerged)
             rotating, before = [*already, *names], []
         else:
-            weight, bias = self.get_base_weight(), getattr(self.get_base_layer(), "bias", None)
+            weight, bias = self.get_base_weight(), self._bias()
             rotating, before = names, _negative(self._deltas(already))
         rotations = [self._rotation(name) for name in rotating]
         merged = rotate_weight(
@@ -307,8 +318,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._unmerged is not None:
-            self.base_layer = self._unmerged.module
-            self._unmerged.restore()
+            self._restore()
             self._unmerged = None
         else:
             with torch.no_grad():
@@ -316,7 +326,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                     self._check_invertible(name)
                 turns = self._inverse_rotations()
                 before = _negative(self._deltas(self.merged_adapters))
-                bias = getattr(self.get_base_layer(), "bias", None)
+                bias = self._bias()
                 weight = rotate_weight(
                     self.get_base_weight(), turns, before=before, feature_dim=self.feature_dim
                 )
@@ -344,31 +354,40 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        assert self._unmerged is not None
         merged_module, merged = self.base_layer, self._snapshot()
-        self.base_layer = self._unmerged.module
-        self._unmerged.restore()
+        self._restore()
         try:
             yield
         finally:
             self.base_layer = merged_module
             merged.restore()
 
+    def _restore(self) -> None:
+        assert self._unmerged is not None
+        if self._unmerged.quantized:  # some backends replace the whole layer
+            self.base_layer = self._unmerged.module
+        self._unmerged.restore()
+
     def _snapshot(self) -> Snapshot:
-        return Snapshot.take(self.get_base_layer(), self.quantization_backend is not None)
+        quantized = self.quantization_backend is not None
+        names = None if quantized else (self.weight_name, self.bias_name)
+        return Snapshot.take(self.get_base_layer(), names)
+
+    def _bias(self) -> Tensor | None:
+        return getattr(self.get_base_layer(), self.bias_name, None)
 
     def _read(self, snapshot: Snapshot) -> tuple[Tensor, Tensor | None]:
         """Give the weight, dequantised, and the bias that a snapshot holds."""
         tensors = snapshot.tensors()
         if self.quantization_backend is None:
-            return tensors["weight"], tensors.get("bias")
+            return tensors[self.weight_name], tensors.get(self.bias_name)
         with self._restored():
-            return self.get_base_weight(), tensors.get("bias")
+            return self.get_base_weight(), tensors.get(self.bias_name)
 
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         self.set_base_weight(weight)
         if bias is not None:
-            self.get_base_layer().bias.data = bias
+            getattr(self.get_base_layer(), self.bias_name).data = bias
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         return self._present(check_adapters_to_merge(self, adapter_names))

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from road_peft.composition import COMBINATIONS
 from road_peft.config import RoadConfig
-from road_peft.layer import RoadLayer
+from road_peft.experts import ParamWrapper
+from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.mixed_batch import route_rows
 from road_peft.targets import linear_layers_of_blocks, wrap
 from road_peft.variants import VARIANTS
@@ -53,18 +54,18 @@ class RoadModel(upstream.RoadModel):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         config = RoadConfig.of(road_config)
         try:
-            if isinstance(target, RoadLayer):
-                layer = target
+            if _adapts(target, parameter_name):
+                layer: Any = target
             else:
-                layer = self._create_new_module(
-                    config, adapter_name, target, **get_quantization_kwargs(self.model)
-                )
+                layer = wrap(target, parameter_name, **get_quantization_kwargs(self.model))
+                layer.module_name, layer._active_adapter = current_key, adapter_name
             layer.update_layer(adapter_name, **config.layer_arguments(current_key))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
@@ -73,13 +74,22 @@ class RoadModel(upstream.RoadModel):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    @staticmethod
-    def _create_new_module(
-        road_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> RoadLayer:
-        layer = wrap(target, **kwargs)
-        layer._active_adapter = adapter_name
-        return layer
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # layers place their own parameters, and what they wrap keeps its own
+        setattr(parent, child_name, new_module)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        wanted = set(RoadConfig.of(config).target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(RoadConfig.of(other).target_parameters or ())
+            if wanted and theirs and wanted != theirs:
+                raise ValueError(
+                    f"target_parameters is {sorted(wanted)}, but adapter {name!r} has"
+                    f" {sorted(theirs)}; all adapters of a model must have the same"
+                )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -94,7 +104,7 @@ class RoadModel(upstream.RoadModel):
         self.peft_config[adapter_name]._resolved_modules = sorted(
             name
             for name, layer in model.named_modules()
-            if isinstance(layer, RoadLayer) and adapter_name in layer.road_theta
+            if isinstance(layer, RoadLinear | RoadEmbedding) and adapter_name in layer.road_theta
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -243,7 +253,11 @@ class RoadModel(upstream.RoadModel):
             RoadConfig.of(self.peft_config[like]),
             variant=variant,
             variant_pattern={},
-            target_modules=list(combined),
+            target_modules=[
+                name
+                for name, layer in self.road_layers()
+                if name in combined and not isinstance(layer, ParamWrapper)
+            ],
             modules_to_save=None,
             trainable_token_indices=None,
             recompute=False,
@@ -275,6 +289,13 @@ class RoadModel(upstream.RoadModel):
             yield
 
 
+def _adapts(target: nn.Module, parameter_name: str | None) -> bool:
+    """Tell whether `target` is a layer of ours that adapts just this."""
+    if parameter_name is None:
+        return isinstance(target, RoadLinear | RoadEmbedding)
+    return isinstance(target, ParamWrapper) and target.parameter_name == parameter_name
+
+
 def _take_back(model: nn.Module, adapter_name: str, before: set[int]) -> None:
     """Undo an injection that failed half-way; `before` are the layers that were there already."""
     for name, layer in list(model.named_modules()):
@@ -284,8 +305,11 @@ def _take_back(model: nn.Module, adapter_name: str, before: set[int]) -> None:
             if adapter_name in layer.road_theta:
                 layer.delete_adapter(adapter_name)
             continue
+        inner: Any = layer
+        while isinstance(inner, RoadLayer) and id(inner) not in before:
+            inner = inner.base_layer
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        setattr(model.get_submodule(parent), child, inner)
 
 
 def _shared_weights(model: nn.Module) -> dict[int, list[str]]:

@@ -12,17 +12,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from road_peft.config import RoadConfig
+from road_peft.experts import ParamWrapper
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
-def wrap(target: nn.Module, **backend_kwargs: Any) -> RoadLayer:
-    """Give the layer that adapts `target`, still without an adapter.
+def wrap(target: nn.Module, parameter_name: str | None = None, **backend_kwargs: Any) -> RoadLayer:
+    """Give the layer that adapts `target`, or a parameter of it, still without an adapter.
 
     Raises:
         ValueError: a module that is not a linear layer or an embedding, or has other adapters.
     """
+    if parameter_name is not None:
+        return ParamWrapper(target, parameter_name, **backend_kwargs)
     if isinstance(target, BaseTunerLayer):
         raise ValueError(
             f"this layer already carries an adapter of another method ({type(target).__name__});"

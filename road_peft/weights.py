@@ -31,11 +31,22 @@ def rotate_weight(
 ) -> Tensor:
     """Give R (W + before) + after, where R applies `rotations` in turn along `feature_dim`.
 
+    A stack of weights is rotated one by one, each by its share of the coefficient vectors.
+
     Shapes:
-        weight: (out, in), or (in, out) if feature_dim is 1. Returns its shape and dtype.
+        weight: (out, in), or (in, out) if feature_dim is 1, or (copies, ...) of these. Returns its
+        shape and dtype.
     Source:
         RoAd (arXiv:2409.00119), section 3.2: W' = R W in PyTorch's layout.
     """
+    if weight.dim() == 3:
+        shares = _shares(rotations, weight.shape[0])
+        return torch.stack(
+            [
+                rotate_weight(w, r, feature_dim=feature_dim)
+                for w, r in zip(weight, shares, strict=True)
+            ]
+        )
     merged = torch.empty_like(weight)
     source, target = (w if feature_dim == 0 else w.t() for w in (weight, merged))
     step = max(1, BLOCK_ELEMENTS // max(1, source.shape[0]))
@@ -54,11 +65,21 @@ def rotate_weight(
 
 
 def rotate_bias(bias: Tensor, rotations: Sequence[Rotation]) -> Tensor:
-    """Give R b, rounded once. Shapes: (out,), returned in its dtype."""
+    """Give R b, rounded once. Shapes: (out,) or (copies, out), returned alike."""
+    if bias.dim() == 2:
+        shares = _shares(rotations, bias.shape[0])
+        return torch.stack([rotate_bias(b, r) for b, r in zip(bias, shares, strict=True)])
     rotated = bias.to(_compute_dtype(bias))
     for first, second, group_size in rotations:
         rotated = rotate_reference(rotated, first, second, group_size)
     return rotated.to(bias.dtype)
+
+
+def _shares(rotations: Sequence[Rotation], copies: int) -> list[list[Rotation]]:
+    return [
+        [(u.view(copies, -1)[i], v.view(copies, -1)[i], g) for u, v, g in rotations]
+        for i in range(copies)
+    ]
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -81,18 +102,18 @@ class Snapshot:
     quantized: bool
 
     @classmethod
-    def take(cls, module: nn.Module, quantized: bool) -> Snapshot:
-        """Remember `module` as it is now."""
+    def take(cls, module: nn.Module, names: Sequence[str] | None = None) -> Snapshot:
+        """Remember the named parameters of `module`, or all of a quantised one if not given."""
         return cls(
             module,
             {
                 name: (p, p.data, dict(p.__dict__))
                 for name, p in module._parameters.items()
-                if p is not None
+                if p is not None and (names is None or name in names)
             },
-            dict(module._buffers),
+            dict(module._buffers) if names is None else {},
             copy.copy(getattr(module, "state", None)),
-            quantized,
+            names is None,
         )
 
     def restore(self) -> None:
