@@ -25,7 +25,7 @@ SINGULAR = 1e-6  # |det| of a block below this share of its squared norm
 class RoadLayer(nn.Module, upstream.RoadLayer):
     """Rotates the outputs of `base_layer`: z = R (W x + b), plus B A x if the adapter has a LoRA.
 
-    Parameters are vectors in float32, one pair a LoRA matrices besides, keyed by adapter name.
+    Parameters are two vectors in float32 an adapter, and two matrices if it has a LoRA.
     Several active adapters rotate in turn; their LoRA deltas add up and are not rotated.
 
     Source:

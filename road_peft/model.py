@@ -19,7 +19,7 @@ from road_peft.config import RoadConfig
 from road_peft.experts import ParamWrapper
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.mixed_batch import route_rows
-from road_peft.targets import linear_layers_of_blocks, wrap
+from road_peft.targets import linear_layers_of_blocks, why_bypassed, wrap
 from road_peft.variants import VARIANTS
 
 
@@ -60,6 +60,11 @@ class RoadModel(upstream.RoadModel):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         config = RoadConfig.of(road_config)
+        reason = why_bypassed(self.model, parent, target_name)
+        if reason is not None:
+            raise ValueError(
+                f"{current_key} cannot be adapted: {reason}; leave it out of target_modules"
+            )
         try:
             if _adapts(target, parameter_name):
                 layer: Any = target

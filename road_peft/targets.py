@@ -15,6 +15,9 @@ from road_peft.config import RoadConfig
 from road_peft.experts import ParamWrapper
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 
+# layers of these models whose weights a fused kernel reads past the layer's own forward
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_FUSED_IN_MAMBA = {"out_proj", "conv1d"}
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -43,6 +46,16 @@ def wrap(target: nn.Module, parameter_name: str | None = None, **backend_kwargs:
     )
 
 
+def why_bypassed(model: nn.Module, parent: nn.Module, name: str) -> str | None:
+    """Say why an adapter on the child `name` of `parent` would have no effect, None if it has."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return "torch's MultiheadAttention uses the weight of its layers, not the layers"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _MAMBA and name in _FUSED_IN_MAMBA:
+        return f"the kernels of {model_type} use the weight of {name}, not the layer"
+    return None
+
+
 def _sizes(base: nn.Module) -> tuple[int, int]:
     in_features, out_features = _get_in_out_features(base)
     if in_features is None or out_features is None:
@@ -69,7 +82,10 @@ def linear_layers_of_blocks(model: nn.Module, config: RoadConfig) -> set[str]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if base is not module:
             inside = (*inside, name + ".")
+        parent, _, child = name.rpartition(".")
         if not _BLOCK_NUMBER.search(name) or not _is_linear(base, **kwargs):
+            continue
+        if why_bypassed(model, model.get_submodule(parent), child) is not None:
             continue
         _, features = _sizes(base)
         size = config.layer_arguments(name)["group_size"]
