@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels_peft.rotation.reference import invert
-
 BLOCK_ELEMENTS = 1 << 19  # 2 MiB in float32: two such blocks fit in the last-level cache
 
 
@@ -61,27 +59,40 @@ def rotate_backward_blocked(
         transposed = -wide_second.unflatten(0, (-1, 2, half)).flip(1).flatten()
     if coefficient_grad:
         saved = saved.reshape(rows.shape)
-        d_first, d_second = torch.zeros_like(wide_first), torch.zeros_like(wide_second)
-        if saved_is_output:
-            inverse_first, inverse_second = invert(wide_first, wide_second, group_size)
+        straight, crossed = torch.zeros_like(wide_first), torch.zeros_like(wide_second)
     for block in _blocks(rows):
         g = _widen(rows[block, :n], grad)
         if input_grad:
             _rotate_into(targets[block, :n], g, wide_first, transposed, group_size)
         if coefficient_grad:
             h = _widen(saved[block, :n], grad)
-            if saved_is_output:
-                h = _rotate_into(torch.empty_like(h), h, inverse_first, inverse_second, group_size)
             product = g * h
-            d_first += product.sum(0)
-            crossed, (g_low, g_high), (h_low, h_high) = (_halves(t, half) for t in (product, g, h))
-            torch.mul(g_low, h_high, out=crossed[0])
-            torch.mul(g_high, h_low, out=crossed[1])
-            d_second += product.sum(0)
+            straight += product.sum(0)
+            (to_low, to_high), (g_low, g_high), (h_low, h_high) = (
+                _halves(t, half) for t in (product, g, h)
+            )
+            torch.mul(g_low, h_high, out=to_low)
+            torch.mul(g_high, h_low, out=to_high)
+            crossed += product.sum(0)
     if not coefficient_grad:
         return dx, first.new_empty(0), second.new_empty(0)
-    _halves(d_second, half)[0].neg_()
-    return dx, d_first.to(first.dtype), d_second.to(second.dtype)
+    if saved_is_output:
+        straight, crossed = _from_output(straight, crossed, wide_first, wide_second, half)
+    _halves(crossed, half)[0].neg_()
+    return dx, straight.to(first.dtype), crossed.to(second.dtype)
+
+
+def _from_output(
+    straight: Tensor, crossed: Tensor, first: Tensor, second: Tensor, half: int
+) -> tuple[Tensor, Tensor]:
+    """Turn sums over the output into sums over the input: both are linear in it."""
+    (low, high), (low_high, high_low) = _halves(straight, half), _halves(crossed, half)
+    (a, d), (b, c) = _halves(first, half), _halves(second, half)
+    det = a * d + b * c
+    return (
+        torch.stack(((d * low + b * low_high) / det, (a * high - c * high_low) / det), 1).flatten(),
+        torch.stack(((a * low_high - c * low) / det, (d * high_low + b * high) / det), 1).flatten(),
+    )
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

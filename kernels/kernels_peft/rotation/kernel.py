@@ -291,8 +291,9 @@ def _rotate_bwd_kernel(
                 )
             total = groups * (2 * HALF)
             live = tl.full((1, 1), True, tl.int1)
+            # `chunks` may be a constant, which has no method to widen it; this sum has.
             d_first = partials_ptr + tl.full((1, 1), 0, tl.int64) + chunk.to(tl.int64) * total
-            d_second = d_first + chunks.to(tl.int64) * total
+            d_second = partials_ptr + (tl.full((1, 1), 0, tl.int64) + chunk + chunks) * total
             _store_pairs(d_first, ll, hh, live, start, groups, HALF, 1, BLOCK_P)
             _store_pairs(d_second, -lh, hl, live, start, groups, HALF, 1, BLOCK_P)
     else:

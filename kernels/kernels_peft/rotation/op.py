@@ -74,6 +74,15 @@ def _check_backward(
     grad: Tensor, saved: Tensor, first: Tensor, second: Tensor, group_size: int, *flags: bool
 ) -> None:
     _check(grad, first, second, group_size)
+    if flags[-1] and (saved.shape, saved.dtype, saved.device) != (
+        grad.shape,
+        grad.dtype,
+        grad.device,
+    ):
+        raise ValueError(
+            f"saved is {tuple(saved.shape)} {saved.dtype} on {saved.device}, grad"
+            f" {tuple(grad.shape)} {grad.dtype} on {grad.device}; both must be alike"
+        )
 
 
 def _fake(x: Tensor, first: Tensor, second: Tensor, group_size: int, recompute: bool) -> Tensor:
@@ -126,6 +135,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "the rotation has no second derivative; for one use rotate_reference, which autograd"
+        " differentiates as often as you like"
+    )
+
+
 def _composite_rotate(
     x: Tensor, first: Tensor, second: Tensor, group_size: int, recompute: bool
 ) -> Tensor:
@@ -152,6 +168,7 @@ _ROTATE_BACKWARD = define(
     fake=_fake_backward,
     implementation=rotate_backward_blocked,
     cuda=_CUDA_BACKWARD,
+    backward=_no_second_derivative,
 )
 
 _ROTATE = define(
