@@ -1,0 +1,1 @@
+"""PEFT's own tests, with another class in the place of `peft.RoadConfig`."""
