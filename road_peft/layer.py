@@ -100,6 +100,11 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             ValueError: group_size does not divide the outputs and `remainder` is "error", no whole
                 group fits, or a LoRA is asked for where it cannot be had.
         """
+        if hasattr(nn.ParameterDict, adapter_name):
+            raise ValueError(
+                f"{adapter_name!r} cannot name an adapter, since torch's ParameterDict has an"
+                " attribute of that name; choose another"
+            )
         rotated = self.out_features - self.out_features % group_size
         if not rotated or (rotated != self.out_features and remainder == "error"):
             raise ValueError(
