@@ -272,7 +272,11 @@ class RoadModel(upstream.RoadModel):
             layers_pattern=None,
         )
         self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
         for name, layer in self.road_layers():
             if adapter_name in layer.road_theta:
                 group_size = layer.group_size[adapter_name]
