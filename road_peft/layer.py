@@ -392,7 +392,11 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
     def _write(self, weight: Tensor, bias: Tensor | None) -> None:
         self.set_base_weight(weight)
         if bias is not None:
-            getattr(self.get_base_layer(), self.bias_name).data = bias
+            base = self.get_base_layer()
+            if getattr(base, self.bias_name) is None:  # HQQ's backend makes a layer without one
+                setattr(base, self.bias_name, bias)
+            else:
+                getattr(base, self.bias_name).data = bias
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         return self._present(check_adapters_to_merge(self, adapter_names))

@@ -21,6 +21,7 @@ from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.mixed_batch import route_rows
 from road_peft.targets import linear_layers_of_blocks, why_bypassed, wrap
 from road_peft.variants import VARIANTS
+from road_peft.weights import keep_codes_readable
 
 
 class RoadModel(upstream.RoadModel):
@@ -101,6 +102,7 @@ class RoadModel(upstream.RoadModel):
     ) -> None:
         """Add the layers of one adapter, all or none; see `peft.tuners.tuners_utils.BaseTuner`."""
         before = {id(m) for m in model.modules() if isinstance(m, RoadLayer)}
+        keep_codes_readable(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:

@@ -126,6 +126,9 @@ class Snapshot:
         self.module._buffers.update(self.buffers)
         if self.state is not None:
             self.module.state = self.state
+        module: Any = self.module
+        if hasattr(module, "quant_state"):  # of a bitsandbytes 4-bit layer
+            module.quant_state = module.weight.quant_state
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the remembered parameters by name."""
@@ -134,3 +137,15 @@ class Snapshot:
             name: data if self.quantized else data.to(now[name].device, now[name].dtype)
             for name, (_, data, _) in self.parameters.items()
         }
+
+
+def keep_codes_readable(model: nn.Module) -> None:
+    """Keep bitsandbytes 4-bit layers from repacking their codes in evaluation on some CPUs.
+
+    Packed for AVX-512 BF16, a layer has no gradient and its codes dequantise to something else.
+    Such CPUs lose the faster product for it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.state_dict()  # unpacks what was packed already
