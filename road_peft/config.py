@@ -178,12 +178,14 @@ class RoadConfig(upstream.RoadConfig):
         for name in _OWN_FIELDS:
             if values[name] == default[name]:
                 del values[name]
-        if self._resolved_modules is not None and any(n in values for n in _CHOOSES_MODULES):
+        chooses = any(name in values for name in _CHOOSES_MODULES)
+        if chooses and self._resolved_modules is not None:
             for name in _CHOOSES_MODULES:
                 values.pop(name, None)
             # plain PEFT must find the very same layers, and not draw random values for others
             values |= {"target_modules": list(self._resolved_modules), "init_weights": True}
-        if any(name in values for name in _CHANGES_FUNCTION):
+            chooses = False
+        if chooses or any(name in values for name in _CHANGES_FUNCTION):
             values["variant"] += _NEEDS_US
         return values
 

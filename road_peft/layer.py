@@ -33,7 +33,10 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
     """
 
     adapter_layer_names = ("road_theta", "road_alpha", "road_lora_A", "road_lora_B")
-    other_param_names = ("variant", "group_size", "recompute", "lora_scale", "lora_dropout")
+    other_param_names = (
+        *("variant", "group_size", "recompute", "exact_unmerge"),
+        *("lora_scale", "lora_dropout"),
+    )
     lora_beside = True
     weight_name, bias_name = "weight", "bias"
     instances: ClassVar[weakref.WeakSet[RoadLayer]] = weakref.WeakSet()
@@ -66,7 +69,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.recompute: dict[str, bool] = {}
         self.lora_scale: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
-        self.exact_unmerge = True
+        self.exact_unmerge: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Snapshot | None = None
@@ -122,9 +125,12 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.variant[adapter_name] = variant
         self.group_size[adapter_name] = group_size
         self.recompute[adapter_name] = recompute
-        self.exact_unmerge = exact_unmerge
+        self.exact_unmerge[adapter_name] = exact_unmerge
         self.road_theta[adapter_name] = nn.Parameter(torch.empty(size))
         self.road_alpha[adapter_name] = nn.Parameter(torch.empty(size))
+        for of_lora in (self.road_lora_A, self.road_lora_B, self.lora_scale, self.lora_dropout):
+            if adapter_name in of_lora:
+                del of_lora[adapter_name]
         if lora_rank:
             self.lora_scale[adapter_name] = lora_alpha / lora_rank
             self.lora_dropout[adapter_name] = lora_dropout
@@ -168,14 +174,15 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 parameters[adapter_name] = parameters[adapter_name].to(device, dtype)
 
     def coefficients(
-        self, adapter_name: str, dtype: torch.dtype = torch.float32
+        self, adapter_name: str, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Give the coefficient vectors of the adapter, at least float32, differentiable.
+        """Give the coefficient vectors of the adapter for data of `dtype`, differentiable.
 
         Shapes:
-            Two vectors of the rotated features: out_features less what is left of whole groups.
+            Two vectors of the rotated features: out_features less what is left of whole groups;
+            float32, or float64 if `dtype` (that of the parameters if not given) is.
         """
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(dtype or self.road_theta[adapter_name].dtype, torch.float32)
         theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
         variant = VARIANTS[self.variant[adapter_name]]
         return variant.coefficients(theta.to(dtype), alpha.to(dtype), self.group_size[adapter_name])
@@ -270,7 +277,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         weight, bias = self._merged(names)
         if safe_merge:
             _check_finite(weight, bias, names)
-        if self.exact_unmerge and not self.merged:
+        if self._keeps_copy() and not self.merged:
             self._unmerged = self._snapshot()
         self._write(weight, bias)
         self.merged_adapters.extend(names)
@@ -289,7 +296,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 f"a {backend.backend_name} layer cannot be merged into; load the model without"
                 " quantisation to merge"
             )
-        if not self.exact_unmerge:
+        if not self._keeps_copy():
             for name in names:
                 self._check_invertible(name)
         if names and safe_merge:
@@ -397,6 +404,10 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 setattr(base, self.bias_name, bias)
             else:
                 getattr(base, self.bias_name).data = bias
+
+    def _keeps_copy(self) -> bool:
+        """Tell whether the unmerged tensors are (or will be) at hand while adapters are merged."""
+        return self._unmerged is not None if self.merged else any(self.exact_unmerge.values())
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         return self._present(check_adapters_to_merge(self, adapter_names))

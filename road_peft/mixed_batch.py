@@ -8,26 +8,26 @@ from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from road_peft.layer import RoadLayer
 
 
 @contextmanager
 def route_rows(
-    model: nn.Module, adapter_names: list[str], arguments: dict[str, Any]
+    model: nn.Module, adapter_names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[None]:
     """Make row i of every layer inside `model` use the adapter `adapter_names[i]`.
 
-    `"__base__"` stands for no adapter. `arguments` are those of the call: where `generate` repeats
-    each row for beams or return sequences, its name is repeated as well. Modules to save are
-    switched by row too. Nothing stays on the model afterwards, whatever the body raises.
+    `"__base__"` stands for no adapter. `args` and `kwargs` are those of the call: where `generate`
+    repeats each row for beams or return sequences, its name is repeated as well. Modules to save
+    are switched by row too. Nothing stays on the model afterwards, whatever the body raises.
 
     Raises:
         ValueError: a name that no layer knows.
     """
     _check_names(model, adapter_names)
-    batch = _Batch(adapter_names, _repeats(model, arguments))
+    batch = _Batch(adapter_names, _repeats(model, args, kwargs))
     handles = []
     try:
         for module in model.modules():
@@ -78,6 +78,8 @@ class _Batch:
             if left or copies not in allowed:
                 copies = 1  # the layer reports the mismatch
         names = [name for name in self.names for _ in range(copies)]
+        if isinstance(module, AuxiliaryTrainingWrapper):  # not every adapter has its own copy
+            names = [name if name in module._adapters else "__base__" for name in names]
         return args, {**kwargs, "adapter_names": names}
 
 
@@ -93,11 +95,12 @@ def _check_names(model: nn.Module, adapter_names: list[str]) -> None:
         )
 
 
-def _repeats(model: nn.Module, arguments: dict[str, Any]) -> int:
+def _repeats(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Give how often `generate` repeats each row, by its arguments or the model's defaults."""
-    configs = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
+    configs = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+    configs.append(getattr(model, "generation_config", None))
     counts = [1]
     for name in ("num_beams", "num_return_sequences"):
-        values = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
         counts.append(next((value for value in values if value is not None), 1))
     return max(counts)

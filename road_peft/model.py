@@ -36,7 +36,10 @@ class RoadModel(upstream.RoadModel):
     # ---- which modules ------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None:
+        blocks_chosen = getattr(peft_config, "layers_to_transform", None) is not None
+        all_linear = peft_config.target_modules == "all-linear"
+        # PEFT expands the wildcard to full names, which match whatever the number of the block
+        if peft_config.target_modules is None or (all_linear and blocks_chosen):
             if not isinstance(self.model, PreTrainedModel):
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: the default, every linear"
@@ -296,7 +299,7 @@ class RoadModel(upstream.RoadModel):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        with route_rows(self.model, adapter_names, kwargs):
+        with route_rows(self.model, adapter_names, args, kwargs):
             yield
 
 
