@@ -37,6 +37,7 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.train --quick
 	@$(BIN)/python -m benchmarks.merge --quick
+	@$(BIN)/python -m benchmarks.ops --quick
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,0 +1,166 @@
+"""What is measured: the layer sizes of real models and, for each command, a table of cases.
+
+A size is a name on the command line: `tiny` is for tests, `quick` takes about a minute on two
+cores, `full` is for a CPU, `gpu` for a CUDA device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SIZES = ("tiny", "quick", "full", "gpu")
+GROUP_SIZE = 64
+FP32, BF16 = torch.float32, torch.bfloat16
+BOTH = (FP32, BF16)
+
+# Largest relative error (Frobenius norm) against float64 with which a provider is still timed.
+TOLERANCE = {torch.float64: 1e-10, FP32: 1e-4, BF16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one Llama-shaped block."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+
+    def linear(self, layer: str) -> tuple[int, int]:
+        """Give (in_features, out_features) of the layer called `layer`_proj."""
+        head = self.hidden // self.heads
+        return {
+            "q": (self.hidden, self.hidden),
+            "k": (self.hidden, head * self.key_value_heads),
+            "v": (self.hidden, head * self.key_value_heads),
+            "o": (self.hidden, self.hidden),
+            "gate": (self.hidden, self.intermediate),
+            "up": (self.hidden, self.intermediate),
+            "down": (self.intermediate, self.hidden),
+        }[layer]
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+SHAPES = {
+    "tiny": Shape(128, 256, 2, 1),
+    "hidden-1024": Shape(1024, 2816, 16, 4),
+    "SmolLM2-135M": Shape(576, 1536, 9, 3),
+    "Llama-3.2-1B": Shape(2048, 8192, 32, 8),
+    "Llama-3.2-3B": Shape(3072, 8192, 24, 8),
+    "Llama-2-7B": Shape(4096, 11008, 32, 32),
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Give "float32" for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One linear layer of a model, trained on several numbers of tokens."""
+
+    shape: str
+    layer: str
+    tokens: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class StackCase:
+    """Transformer blocks with all seven linears adapted."""
+
+    shape: str
+    blocks: int
+    batch: int
+    lengths: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class MergeCase:
+    """The weight of one layer of a model, merged and unmerged, also by PEFT if `dense`."""
+
+    shape: str
+    layer: str
+    dtypes: tuple[torch.dtype, ...] = BOTH
+    dense: bool = True
+
+
+@dataclass(frozen=True)
+class RotationCase:
+    """The rotation operator on (tokens, features)."""
+
+    features: int
+    tokens: tuple[int, ...]
+    group_sizes: tuple[int, ...] = (GROUP_SIZE,)
+    dtypes: tuple[torch.dtype, ...] = BOTH
+    compiled: bool = True
+
+
+TRAIN: dict[str, tuple[LinearCase | StackCase, ...]] = {
+    "tiny": (LinearCase("tiny", "up", (4, 8)), StackCase("tiny", 1, 2, (4,))),
+    "quick": (
+        LinearCase("Llama-3.2-1B", "q", (128, 512), (FP32,)),
+        LinearCase("SmolLM2-135M", "q", (128,), (BF16,)),
+        StackCase("SmolLM2-135M", 2, 2, (64,), (FP32,)),
+    ),
+    "full": (
+        LinearCase("SmolLM2-135M", "down", (32, 128, 512, 2048), (FP32,)),
+        LinearCase("SmolLM2-135M", "down", (32, 128), (BF16,)),
+        LinearCase("Llama-3.2-1B", "q", (32, 128, 512, 2048), (FP32,)),
+        LinearCase("Llama-3.2-1B", "up", (512,), (FP32,)),
+        LinearCase("Llama-2-7B", "q", (512,), (FP32,)),
+        StackCase("SmolLM2-135M", 4, 2, (64, 256), (FP32,)),
+        StackCase("hidden-1024", 2, 2, (64, 256), (FP32,)),
+    ),
+    "gpu": (
+        LinearCase("Llama-3.2-1B", "q", (512, 2048, 8192)),
+        LinearCase("Llama-3.2-3B", "up", (512, 2048, 8192)),
+        LinearCase("Llama-2-7B", "q", (512, 2048, 8192)),
+        LinearCase("Llama-2-7B", "up", (512, 2048, 8192)),
+        StackCase("SmolLM2-135M", 4, 4, (512, 2048)),
+        StackCase("Llama-3.2-1B", 4, 4, (512, 2048)),
+        StackCase("Llama-2-7B", 2, 2, (512, 2048), (BF16,)),
+    ),
+}
+
+MERGE: dict[str, tuple[MergeCase, ...]] = {
+    "tiny": (MergeCase("tiny", "up"),),
+    "quick": (
+        MergeCase("hidden-1024", "q"),
+        MergeCase("Llama-3.2-1B", "q", (FP32,)),
+    ),
+    "full": (
+        MergeCase("Llama-2-7B", "q", (FP32,)),
+        MergeCase("Llama-2-7B", "up", (FP32,)),
+        MergeCase("Llama-3.2-1B", "q", (BF16,)),
+        # dense products in bfloat16 take PEFT's RoAd many minutes to hours on a CPU
+        MergeCase("Llama-2-7B", "q", (BF16,), dense=False),
+        MergeCase("Llama-2-7B", "up", (BF16,), dense=False),
+    ),
+    "gpu": (
+        MergeCase("Llama-3.2-1B", "up"),
+        MergeCase("Llama-2-7B", "q"),
+        MergeCase("Llama-2-7B", "up"),
+    ),
+}
+
+ROTATION: dict[str, tuple[RotationCase, ...]] = {
+    "tiny": (RotationCase(128, (3, 8), (2, 64), compiled=False),),
+    "quick": (RotationCase(2048, (1, 32, 1024), compiled=False),),
+    "full": (
+        RotationCase(576, (1, 32, 512, 4096), compiled=False),
+        RotationCase(2048, (1, 8, 32, 512, 4096)),
+        RotationCase(2048, (1, 32, 512), (2, 2048), compiled=False),
+        RotationCase(11008, (1, 32, 512), compiled=False),
+    ),
+    "gpu": (
+        RotationCase(2048, (1, 32, 512, 4096, 16384), (2, 64, 2048)),
+        RotationCase(4096, (1, 32, 512, 4096, 16384)),
+        RotationCase(11008, (1, 32, 512, 4096, 16384)),
+    ),
+}
