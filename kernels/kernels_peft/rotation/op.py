@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kernels_peft._define import define
 from kernels_peft.rotation.blocked import rotate_backward_blocked, rotate_blocked
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake, a distributed or another wrapped tensor
 
 
 def rotate(
@@ -32,6 +35,9 @@ def rotate(
     Source:
         RoAd (arXiv:2409.00119), eq. 4; pairs lie g/2 apart as in PEFT, g = 2 is the paper's.
     """
+    if type(x) in _PLAIN and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check(x, first, second, group_size)
+        return _Eager.apply(x, first, second, group_size, recompute)
     return _ROTATE(x, first, second, group_size, recompute)
 
 
@@ -113,10 +119,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(saved, first, second)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad: Tensor, run: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     saved, first, second = ctx.saved_tensors
     wants_x, wants_first, wants_second = ctx.needs_input_grad[:3]
-    dx, d_first, d_second = _ROTATE_BACKWARD(
+    dx, d_first, d_second = (run or _ROTATE_BACKWARD)(
         grad,
         saved,
         first,
@@ -133,6 +141,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
     )
+
+
+class _Eager(torch.autograd.Function):
+    """The operator on a CPU without the dispatcher, which costs more than a small rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = rotate_blocked(*inputs[:4])
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # only the operator refuses a second derivative by name
+        return _backward(ctx, grad, None if torch.is_grad_enabled() else rotate_backward_blocked)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
