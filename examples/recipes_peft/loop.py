@@ -1,0 +1,175 @@
+"""Train an adapter with AdamW on a linear schedule, and measure a model on what was held out.
+
+Runs on one device or under `accelerate launch`. The adapter is whatever has a gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+from recipes_peft.data import Encoded, batches, collate
+from recipes_peft.metrics import exact_match
+
+__all__ = ["Point", "Result", "Training", "generate", "held_out_loss", "measure", "to", "train"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: the same for every method but for the learning rate."""
+
+    steps: int
+    batch_size: int  # examples per step, over all processes
+    micro_batch_size: int  # examples in memory at a time, per process
+    learning_rate: float
+    evaluate_every: int  # steps
+    seed: int = 0  # of the order of the examples
+    warmup: float = 0.1  # share of the steps
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the curves: the loss in training since the last point, and on the held-out set."""
+
+    step: int
+    seconds: float  # in training; evaluation not counted
+    train_loss: float
+    held_out_loss: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model does on the held-out set, and what it cost to get there."""
+
+    held_out_loss: float
+    exact_match: float
+    answers: list[str]
+    trained_parameters: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    accelerator: Accelerator,
+    model: Any,
+    rows: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    how: Training,
+    tokenizer: Any,
+    name: str,
+) -> list[Point]:
+    """Train the parameters of `model` that have a gradient; show and return the losses.
+
+    Weight decay is 0: adapters that multiply must not be pulled towards zero.
+    """
+    pad = tokenizer.pad_token_id
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
+    warmup = round(how.warmup * how.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, how.steps)
+    order = torch.Generator().manual_seed(how.seed)
+    processes = accelerator.num_processes
+    micro = max(1, min(how.micro_batch_size, how.batch_size // processes))
+    loader: Any = DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=micro,
+        shuffle=True,
+        generator=order,
+        collate_fn=partial(collate, pad=pad),
+    )
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    pieces = max(1, how.batch_size // (micro * processes))
+
+    points: list[Point] = []
+    losses: list[float] = []
+    seconds, shown, source = 0.0, "", iter(loader)
+    bar = tqdm(range(1, how.steps + 1), desc=name, disable=not accelerator.is_main_process)
+    for step in bar:
+        started = time.perf_counter()
+        wrapped.train()
+        for _ in range(pieces):
+            if (batch := next(source, None)) is None:
+                source = iter(loader)
+                batch = next(source)
+            loss = wrapped(**batch).loss
+            accelerator.backward(loss / pieces)
+            losses.append(loss.item())
+        accelerator.clip_grad_norm_(parameters, how.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - started
+        running = losses[-8 * pieces :]
+        if step % how.evaluate_every == 0 or step == how.steps:
+            found = held_out_loss(model, held_out, how.micro_batch_size, pad)
+            points.append(Point(step, seconds, sum(losses) / len(losses), found))
+            shown = f", held-out {found:.3f}"
+            losses.clear()
+        bar.set_postfix_str(f"loss {sum(running) / len(running):.3f}{shown}")
+    return points
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Encoded],
+    wanted: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Result:
+    """Measure a model on held-out rows, whose answers as text are `wanted`."""
+    loss = held_out_loss(model, rows, batch_size, tokenizer.pad_token_id)
+    answers = generate(model, tokenizer, rows, max_new_tokens, batch_size)
+    return Result(loss, exact_match(answers, wanted), answers)
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: Sequence[Encoded], batch_size: int, pad: int) -> float:
+    """Give the mean loss per token of the answers, in nats."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in batches(rows, batch_size, pad):
+        counted = int((batch["labels"] != -100).sum())
+        total += model(**to(batch, model.device)).loss.item() * counted
+        tokens += counted
+    return total / tokens
+
+
+def to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: Any, rows: Sequence[Encoded], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Give the greedy answers to the prompts; an answer that was cut off ends in " ..."."""
+    model.eval()
+    answers: dict[int, str] = {}
+    ranked = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+    for start in range(0, len(ranked), batch_size):
+        chosen = ranked[start : start + batch_size]
+        batch = collate([Encoded(rows[i].prompt, []) for i in chosen], tokenizer.pad_token_id)
+        prompt = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask")}
+        output = model.generate(
+            **prompt,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, prompt["input_ids"].shape[1] :]
+        for i, tokens in zip(chosen, output, strict=True):
+            ended = tokenizer.eos_token_id in tokens.tolist()
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            answers[i] = text if ended else f"{text} ..."
+    return [answers[i] for i in range(len(rows))]
