@@ -210,7 +210,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
         a, b = self.road_lora_A[name], self.road_lora_B[name]
-        x = F.dropout(self._cast_input_dtype(x, a.dtype), self.lora_dropout[name], self.training)
+        x = self._cast_input_dtype(x, a.dtype)
+        if not self.merged:  # what was merged knows no dropout
+            x = F.dropout(x, self.lora_dropout[name], self.training)
         return F.linear(F.linear(x, a), b) * self.lora_scale[name]
 
     # ---- one adapter per row ------------------------------------------------------------------
