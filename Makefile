@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 READY := $(VENV)/.ready
+# the lower end of what pyproject.toml allows; `make test` runs near the upper end
+OLDEST := torch==2.11.0 transformers==5.17.0 peft==0.21.0 accelerate==1.10.0 bitsandbytes==0.50.0
 XDIST ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 $(READY): pyproject.toml
 	@echo "setting up $(VENV) (once)"
@@ -27,6 +29,12 @@ test: $(READY)
 	@$(BIN)/python -m pytest -m aot
 	@echo "== PEFT's own tests, with our RoadConfig in place of theirs"
 	@$(BIN)/python -m tests.peft_suite
+
+test-oldest:
+	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST) -e ".[bench]" \
+		pytest pytest-xdist hypothesis
+	@.venv-oldest/bin/python -m pytest tests/road_peft tests/kernels_peft -n $(XDIST) --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
