@@ -40,9 +40,8 @@ class Variant:
 
 
 def _shared(theta: Tensor, alpha: Tensor, group_size: int) -> Coefficients:
-    both = torch.stack((alpha * theta.cos(), alpha * theta.sin()))
-    both = both.view(2, -1, 1, group_size // 2).expand(-1, -1, 2, -1).reshape(2, -1)
-    return both[0], both[1]
+    cos, sin = ((alpha * f).view(-1, group_size // 2) for f in (theta.cos(), theta.sin()))
+    return torch.cat((cos, cos), 1).flatten(), torch.cat((sin, sin), 1).flatten()
 
 
 def _shared_inverse(first: Tensor, second: Tensor, group_size: int) -> Coefficients:
