@@ -302,6 +302,19 @@ class RoadModel(upstream.RoadModel):
         with route_rows(self.model, adapter_names, args, kwargs):
             yield
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' continuous batching, every request with the active adapter.
+
+        Raises:
+            ValueError: `adapter_names` is given, which transformers would ignore.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is given, but generate_batch packs requests into one row and serves"
+                " the active adapter to all; use generate(adapter_names=...)"
+            )
+        return self.model.generate_batch(*args, **kwargs)
+
 
 def _adapts(target: nn.Module, parameter_name: str | None) -> bool:
     """Tell whether `target` is a layer of ours that adapts just this."""

@@ -120,3 +120,9 @@ def test_left_padded_prompts_generate_the_tokens_of_the_prompts_alone() -> None:
             model, adapter, lambda p=prompt: call_silently(model.generate, input_ids=p, **FIXED)
         )
         assert torch.equal(mixed[i, LENGTH:], alone[0, prompt.shape[1] :])
+
+
+def test_continuous_batching_refuses_names_that_it_would_ignore() -> None:
+    model = mixed_model("llama")
+    with pytest.raises(ValueError, match="serves the active adapter to all"):
+        model.generate_batch([[3, 4], [5, 6]], adapter_names=["c", "e"])
