@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from road_peft.variants import Coefficients
+from road_peft.variants import Coefficients, block_entries
 
 
 def multiply(left: Coefficients, right: Coefficients, group_size: int) -> Coefficients:
@@ -15,7 +15,7 @@ def multiply(left: Coefficients, right: Coefficients, group_size: int) -> Coeffi
     Shapes:
         Two pairs of vectors (n,), n a multiple of group_size. Returns such a pair.
     """
-    (a2, b2, c2, d2), (a1, b1, c1, d1) = (_entries(*p, group_size) for p in (left, right))
+    (a2, b2, c2, d2), (a1, b1, c1, d1) = (block_entries(*p, group_size) for p in (left, right))
     return (
         torch.stack((a2 * a1 - b2 * c1, d2 * d1 - c2 * b1), 1).flatten(),
         torch.stack((a2 * b1 + b2 * d1, c2 * a1 + d2 * c1), 1).flatten(),
@@ -72,14 +72,6 @@ Combination = Callable[[Sequence[Coefficients], Sequence[float], int], Coefficie
 COMBINATIONS: dict[str, Combination] = {f.__name__: f for f in (product, linear, interpolation)}
 
 
-def _entries(
-    first: torch.Tensor, second: torch.Tensor, group_size: int
-) -> tuple[torch.Tensor, ...]:
-    """Give a, b, c, d of the blocks [[a, -b], [c, d]]."""
-    (a, d), (b, c) = (v.view(-1, 2, group_size // 2).unbind(1) for v in (first, second))
-    return a, b, c, d
-
-
 def _is_conformal(first: torch.Tensor, second: torch.Tensor, group_size: int) -> bool:
-    a, b, c, d = _entries(first, second, group_size)
+    a, b, c, d = block_entries(first, second, group_size)
     return torch.equal(a, d) and torch.equal(b, c)

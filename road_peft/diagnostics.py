@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels_peft import determinants
 from road_peft.config import RoadConfig
 from road_peft.hotswap import PREFIX, load_adapter_files
-from road_peft.variants import VARIANTS, Coefficients
+from road_peft.variants import VARIANTS, block_entries
 
 # query and key projections whose outputs are rotated by position (RoPE) in common models
 _ROPE_LAYERS = ("q_proj", "k_proj")
@@ -45,7 +46,7 @@ def inspect_adapter(path: str | Path, head_dim: int | None = None) -> list[Layer
         ValueError: the folder holds no readable RoAd adapter.
     """
     config, tensors = load_adapter_files(path)
-    layers = sorted(k.removesuffix(".road_theta") for k in tensors if k.endswith(".road_theta"))
+    layers = [k.removesuffix(".road_theta") for k in tensors if k.endswith(".road_theta")]
     return [
         _report(key.removeprefix(PREFIX), config, tensors, key, head_dim)
         for key in sorted(layers, key=_natural)
@@ -58,8 +59,8 @@ def block_angles(first: Tensor, second: Tensor, group_size: int) -> Tensor:
     Shapes:
         first, second: (n,). Returns (n / 2,).
     """
-    a, d, b, c = _entries((first, second), group_size)
-    return torch.atan2(b + c, a + d)
+    a, b, c, d = block_entries(first, second, group_size)
+    return torch.atan2(b + c, a + d).flatten()
 
 
 def rope_commuting(first: Tensor, second: Tensor, group_size: int, head_dim: int) -> Tensor:
@@ -71,12 +72,12 @@ def rope_commuting(first: Tensor, second: Tensor, group_size: int, head_dim: int
     Shapes:
         first, second: (n,). Returns (n / 2,), bool.
     """
-    a, d, b, c = _entries((first, second), group_size)
+    a, b, c, d = block_entries(first, second, group_size)
     channel = torch.arange(first.shape[0]).view(-1, 2, group_size // 2)
-    low, high = channel[:, 0].flatten(), channel[:, 1].flatten()
+    low, high = channel.unbind(1)
     same_pairs = (low % head_dim < head_dim // 2) & (high == low + head_dim // 2)
     identity = (a == 1) & (d == 1) & (b == 0) & (c == 0)
-    return identity | (same_pairs & (a == d) & (b == c))
+    return (identity | (same_pairs & (a == d) & (b == c))).flatten()
 
 
 def _report(
@@ -87,8 +88,7 @@ def _report(
     theta, alpha = (tensors[f"{key}.road_{p}"].float() for p in ("theta", "alpha"))
     first, second = variant.coefficients(theta, alpha, group_size)
     angles = block_angles(first, second, group_size).abs().rad2deg()
-    a, d, b, c = _entries((first, second), group_size)
-    determinant = a * d + b * c
+    determinant = determinants(first, second, group_size)
     share = None
     if head_dim and name.rpartition(".")[2] in _ROPE_LAYERS:
         share = rope_commuting(first, second, group_size, head_dim).float().mean().item()
@@ -104,11 +104,6 @@ def _report(
         max_determinant=determinant.max().item(),
         rope_share=share,
     )
-
-
-def _entries(pair: Coefficients, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (a, d), (b, c) = (v.view(-1, 2, group_size // 2).unbind(1) for v in pair)
-    return a.flatten(), d.flatten(), b.flatten(), c.flatten()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

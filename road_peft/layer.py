@@ -198,12 +198,13 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             return result
         if adapter_names is not None:
             return self._rotate_rows(x, result, adapter_names)
-        for name in self._present(self.active_adapters):
+        names = self._present(self.active_adapters)
+        for name in names:
             first, second = self.coefficients(name, result.dtype)
             result = rotate(
                 result, first, second, self.group_size[name], recompute=self.recompute[name]
             )
-        for name in self._present(self.active_adapters):
+        for name in names:
             if name in self.road_lora_A:
                 result = result + self._delta(name, x).to(result.dtype)
         return result

@@ -172,7 +172,7 @@ class RoadModel(upstream.RoadModel):
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         shared = _shared_weights(self.model)
         for name, layer in self.road_layers():
-            weight = getattr(layer.get_base_layer(), "weight", None)
+            weight = getattr(layer.get_base_layer(), layer.weight_name, None)
             others = [n for n in shared.get(id(weight), []) if not n.startswith(name + ".")]
             if others and layer._mergeable(adapter_names):
                 raise ValueError(
@@ -219,10 +219,11 @@ class RoadModel(upstream.RoadModel):
                     f"{name}: the adapters have group sizes {sorted(sizes)}; blocks of different"
                     " pairs do not combine"
                 )
-            pairs = [layer.coefficients(n) if n in here else None for n in adapters]
-            one = torch.ones_like(layer.coefficients(here[0])[0])
-            blocks = [pair or (one, torch.zeros_like(one)) for pair in pairs]
             with torch.no_grad():
+                found = {n: layer.coefficients(n) for n in here}
+                like = found[here[0]][0]
+                identity = (torch.ones_like(like), torch.zeros_like(like))
+                blocks = [found.get(n, identity) for n in adapters]
                 result = combine(blocks, weights, sizes.pop())
             if not all(torch.isfinite(vector).all() for vector in result):
                 raise ValueError(f"{name}: the combination is not finite; check the weights")

@@ -15,6 +15,18 @@ from torch import Tensor
 Coefficients = tuple[Tensor, Tensor]
 
 
+def block_entries(
+    first: Tensor, second: Tensor, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give a, b, c, d of the blocks [[a, -b], [c, d]] that the coefficients stand for.
+
+    Shapes:
+        first, second: (n,). Returns four of (n / group_size, group_size / 2).
+    """
+    (a, d), (b, c) = (v.view(-1, 2, group_size // 2).unbind(1) for v in (first, second))
+    return a, b, c, d
+
+
 @dataclass(frozen=True)
 class Variant:
     """One parametrisation of the 2x2 blocks [[first_l, -second_l], [second_h, first_h]].

@@ -102,8 +102,8 @@ def _from_output(
 def _blocks(n: int, source: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     """Give the first n features of the tensors, rows by rows; copy the rest of `source` along.
 
-    What lies past n goes from `source` to the first of the others, if that is given. A tensor that
-    is not given stands in for itself.
+    What lies past n goes from `source` to the first of the others, if that is given. Where None
+    is given, None comes back.
     """
     width = source.shape[-1]
     flat = [
