@@ -5,6 +5,17 @@ An operator knows tensors, not methods. Each is a folder: `reference.py` defines
 without a GPU, `README.md` the mathematics. The package imports without triton.
 """
 
+from kernels_peft.fake_quantization import fake_quantize, fake_quantize_reference
 from kernels_peft.rotation import determinants, invert, rotate, rotate_reference
+from kernels_peft.rotation_bank import rotate_by_slot, rotate_by_slot_reference
 
-__all__ = ["determinants", "invert", "rotate", "rotate_reference"]
+__all__ = [
+    "determinants",
+    "fake_quantize",
+    "fake_quantize_reference",
+    "invert",
+    "rotate",
+    "rotate_by_slot",
+    "rotate_by_slot_reference",
+    "rotate_reference",
+]

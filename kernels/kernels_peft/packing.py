@@ -1,0 +1,134 @@
+"""Low-bit codes in 32-bit words: GPTQ's stream on disk, and planes of 3-bit codes for kernels.
+
+A bit width is one row of `FORMATS`; configuration, quantiser, kernels and tests read the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RUN = 32  # codes; a run of them fills whole words at every width
+
+
+@dataclass(frozen=True)
+class Format:
+    """One width of code: the values it holds, and the words of a run of 32 codes."""
+
+    bits: int
+
+    @property
+    def levels(self) -> int:
+        """How many values a code has."""
+        return 1 << self.bits
+
+    @property
+    def words(self) -> int:
+        """How many 32-bit words hold a run."""
+        return self.bits
+
+    @property
+    def straddles(self) -> bool:
+        """Whether some codes lie across two words."""
+        return RUN % self.bits != 0
+
+
+FORMATS = {bits: Format(bits) for bits in (2, 3, 4)}
+
+
+def pack(codes: Tensor, bits: int, dim: int = 0) -> Tensor:
+    """Pack codes along `dim` into one little-endian stream of bits, cut into words.
+
+    Code k of a run of 32 takes the bits [b k, b k + b) of the stream; word w holds its bits
+    [32 w, 32 w + 32).
+
+    Shapes:
+        codes: any integer dtype, `dim` a multiple of 32 long. Returns int32, `dim` shorter by
+        bits / 32.
+    Raises:
+        ValueError: an unknown width, a length that fills no whole words, or a code out of range.
+    Source:
+        GPTQ's `qweight` (along inputs) and, without the offset of format 1, `qzeros` (outputs).
+    """
+    form = _form(bits)
+    if codes.is_floating_point() or codes.shape[dim] % RUN:
+        raise ValueError(
+            f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; they must be integers,"
+            f" and a multiple of {RUN} along dimension {dim}"
+        )
+    if codes.numel() and (codes.min() < 0 or codes.max() >= form.levels):
+        raise ValueError(
+            f"codes reach from {int(codes.min())} to {int(codes.max())}; {bits} bits hold 0 to"
+            f" {form.levels - 1}"
+        )
+    runs = codes.movedim(dim, 0).unflatten(0, (-1, RUN)).to(torch.int64)
+    words = runs.new_zeros(runs.shape[0], form.words, *runs.shape[2:])
+    for k in range(RUN):
+        word, shift = divmod(bits * k, 32)
+        words[:, word] |= runs[:, k] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= runs[:, k] >> (32 - shift)
+    words &= 0xFFFFFFFF
+    signed = torch.where(words > 0x7FFFFFFF, words - (1 << 32), words)
+    return signed.to(torch.int32).flatten(0, 1).movedim(0, dim).contiguous()
+
+
+def unpack(words: Tensor, bits: int, dim: int = 0) -> Tensor:
+    """Give the codes that `pack` packed.
+
+    Shapes:
+        words: int32, `dim` a multiple of `bits` long. Returns uint8, `dim` longer by 32 / bits.
+    Raises:
+        ValueError: an unknown width, or words of a wrong dtype or number.
+    """
+    form = _form(bits)
+    if words.dtype != torch.int32 or words.shape[dim] % form.words:
+        raise ValueError(
+            f"words have shape {tuple(words.shape)} and dtype {words.dtype}; they must be int32,"
+            f" and a multiple of {form.words} along dimension {dim} for {bits} bits"
+        )
+    runs = words.movedim(dim, 0).unflatten(0, (-1, form.words))
+    codes = torch.empty(runs.shape[0], RUN, *runs.shape[2:], dtype=torch.uint8, device=words.device)
+    mask = form.levels - 1
+    for k in range(RUN):
+        word, shift = divmod(bits * k, 32)
+        value = runs[:, word] >> shift
+        if shift + bits > 32:  # an arithmetic shift brings copies of the sign, so mask them first
+            low = 32 - shift
+            value = (value & ((1 << low) - 1)) | (runs[:, word + 1] << low)
+        codes[:, k] = value & mask
+    return codes.flatten(0, 1).movedim(0, dim).contiguous()
+
+
+def to_planes(words: Tensor) -> Tensor:
+    """Rearrange a stream of 3-bit codes (along the first dimension) into planes.
+
+    Of the three words of a run, two hold the low two bits of 16 codes each, and the third holds the
+    high bits of all 32: no code lies across two words.
+
+    Shapes:
+        words: (3 n, ...), int32. Returns the same.
+    """
+    runs = unpack(words, 3).unflatten(0, (-1, RUN))
+    low = pack((runs & 3).flatten(0, 1), 2).unflatten(0, (-1, 2))
+    shifts = torch.arange(RUN, device=words.device).view(1, RUN, *(1,) * (runs.dim() - 2))
+    high = ((runs >> 2).to(torch.int64) << shifts).sum(1)
+    high = torch.where(high > 0x7FFFFFFF, high - (1 << 32), high).to(torch.int32)
+    return torch.cat((low, high.unsqueeze(1)), 1).flatten(0, 1)
+
+
+def from_planes(planes: Tensor) -> Tensor:
+    """Undo `to_planes`."""
+    runs = planes.unflatten(0, (-1, 3))
+    low = unpack(runs[:, :2].flatten(0, 1), 2).unflatten(0, (-1, RUN))
+    shifts = torch.arange(RUN, device=planes.device).view(1, RUN, *(1,) * (runs.dim() - 2))
+    high = (runs[:, 2:] >> shifts) & 1
+    return pack((low | (high << 2).to(torch.uint8)).flatten(0, 1), 3)
+
+
+def _form(bits: int) -> Format:
+    if bits not in FORMATS:
+        raise ValueError(f"bits is {bits}; choose from {', '.join(map(str, FORMATS))}")
+    return FORMATS[bits]
