@@ -6,22 +6,31 @@ watches optimizers for weight decay on RoAd's scales, and warns.
 """
 
 from road_peft._register import register, unregister
+from road_peft.bank import RoadBank
+from road_peft.batching import AdapterBatching
 from road_peft.config import RoadConfig
 from road_peft.diagnostics import LayerReport, inspect_adapter
 from road_peft.hotswap import hotswap_adapter
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
+from road_peft.leases import BankFullError, BankMemory, Lease, UnknownAdapterError
 from road_peft.model import RoadModel
 from road_peft.optim import PRESETS, Preset, road_parameter_groups, watch_optimizers
 
 __all__ = [
     "PRESETS",
+    "AdapterBatching",
+    "BankFullError",
+    "BankMemory",
     "LayerReport",
+    "Lease",
     "Preset",
+    "RoadBank",
     "RoadConfig",
     "RoadEmbedding",
     "RoadLayer",
     "RoadLinear",
     "RoadModel",
+    "UnknownAdapterError",
     "hotswap_adapter",
     "inspect_adapter",
     "register",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels_peft import determinants
+from road_peft.adapter_files import PREFIX, load_adapter_files
 from road_peft.config import RoadConfig
-from road_peft.hotswap import PREFIX, load_adapter_files
 from road_peft.variants import VARIANTS, block_entries
 
 # query and key projections whose outputs are rotated by position (RoPE) in common models

@@ -65,7 +65,7 @@ class ParamWrapper(RoadLayer):
         return self.get_base_layer()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
+        if kwargs.pop("adapter_names", self.routing.current) is not None:
             raise ValueError(
                 "adapter_names is given, but experts see tokens and not rows, so a row cannot"
                 " choose its adapter there; run one adapter at a time or drop target_parameters"

@@ -5,41 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from road_peft.adapter_files import PREFIX, load_adapter_files
 from road_peft.config import RoadConfig
 from road_peft.layer import RoadLayer
-
-_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-
-def load_adapter_files(path: str | Path) -> tuple[RoadConfig, dict[str, Tensor]]:
-    """Read an adapter's configuration and tensors from a folder or a hub repository.
-
-    Raises:
-        ValueError: the folder holds no RoAd adapter, or its tensors are not in safetensors format.
-    """
-    folder = Path(path)
-    try:
-        config = RoadConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no readable adapter_config.json; give the folder that"
-            f" save_pretrained wrote, or a hub repository ({error})"
-        ) from error
-    if not isinstance(config, RoadConfig):
-        raise ValueError(f"{path} holds a {config.peft_type} adapter; a ROAD adapter is needed")
-    try:
-        file = folder / _FILE if folder.is_dir() else Path(hf_hub_download(str(path), _FILE))
-        return config, load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} holds no readable {_FILE}; only the safetensors format is loaded ({error})"
-        ) from error
 
 
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
@@ -52,7 +22,9 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     Raises:
         ValueError: what does not match, or a value that is not finite, or the adapter is merged.
     """
-    config, tensors = load_adapter_files(path)
+    config, held = load_adapter_files(path)
+    # PEFT saves the weight of an adapted embedding along; it is not the adapter's
+    tensors = {k: t for k, t in held.items() if not k.endswith(".base_layer.weight")}
     targets = _targets(model, adapter_name, config)
     missing, unknown = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets)
     if missing or unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,7 +15,9 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels_peft import determinants, invert, rotate, rotate_reference
+from kernels_peft import determinants, invert, rotate, rotate_by_slot
+from road_peft.mixed_batch import Rows
+from road_peft.routing import Route, Routing
 from road_peft.variants import VARIANTS
 from road_peft.weights import Delta, Rotation, Snapshot, rotate_bias, rotate_weight
 
@@ -73,6 +75,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Snapshot | None = None
+        self.routing = Routing()  # the model that owns this layer puts its own here
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), **backend_kwargs
         )
@@ -187,26 +190,78 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         variant = VARIANTS[self.variant[adapter_name]]
         return variant.coefficients(theta.to(dtype), alpha.to(dtype), self.group_size[adapter_name])
 
+    def coefficient_table(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Stack the coefficients of several adapters for data like `like`, differentiable.
+
+        The number of operations depends on how many pairs of a variant and a group size there are,
+        not on the number of adapters.
+
+        Shapes:
+            A table (len(names), 2, out_features) in float32 (float64 if the data is), and the group
+            sizes (len(names),), 0 for a name without an adapter in this layer.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        kinds: dict[tuple[str, int], list[str]] = {}
+        for name in self._present(names):
+            kinds.setdefault((self.variant[name], self.group_size[name]), []).append(name)
+        blocks = []
+        for (variant, group_size), members in kinds.items():
+            theta, alpha = (
+                torch.cat([vectors[name] for name in members]).to(dtype)
+                for vectors in (self.road_theta, self.road_alpha)
+            )
+            pair = VARIANTS[variant].coefficients(theta, alpha, group_size)
+            block = torch.stack([vector.view(len(members), -1) for vector in pair], 1)
+            blocks.append(F.pad(block, (0, self.out_features - block.shape[-1])))
+        order = [name for members in kinds.values() for name in members]
+        if order != list(names) or len(blocks) != 1:  # rows of the table follow `names`
+            blocks.append(like.new_zeros(1, 2, self.out_features, dtype=dtype))
+            places = {name: place for place, name in enumerate(order)}
+            rows = [places.get(name, len(order)) for name in names]
+            index = torch.tensor(rows, dtype=torch.int64, device=like.device)
+            blocks = [torch.cat(blocks).index_select(0, index)]
+        sizes = [self.group_size.get(name, 0) for name in names]
+        return blocks[0], torch.tensor(sizes, dtype=torch.int32, device=like.device)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
-            self._check_adapter_names(x, adapter_names)
+        names = kwargs.pop("adapter_names", None)
+        route = self.routing.current if names is None else Rows(names)
+        if route is not None and self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call"
+                " `unmerge_adapter` first."
+            )
         if self.disable_adapters:
             return self._base_forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
-        if adapter_names is not None:
-            return self._rotate_rows(x, result, adapter_names)
-        names = self._present(self.active_adapters)
-        for name in names:
+        if route is not None:
+            return self._rotate_rows(x, result, route)
+        active = self._present(self.active_adapters)
+        for name in active:
             first, second = self.coefficients(name, result.dtype)
             result = rotate(
                 result, first, second, self.group_size[name], recompute=self.recompute[name]
             )
-        for name in names:
+        for name in active:
             if name in self.road_lora_A:
                 result = result + self._delta(name, x).to(result.dtype)
+        return result
+
+    def _rotate_rows(self, x: Tensor, result: Tensor, route: Route) -> Tensor:
+        """Rotate every row by the adapter of its slot; rows without one come back bit for bit."""
+        slots = route.slots(self, x)
+        table, group_sizes = route.table(self, result)
+        if not len(table):  # every row is of the base
+            return result
+        result = rotate_by_slot(result, table, group_sizes, slots)
+        for slot, name in enumerate(route.names):
+            if name in self.road_lora_A:
+                rows, last = route.rows_of(slot, self, x), slots.dim() - 1
+                delta = self._delta(name, x.flatten(0, last).index_select(0, rows))
+                flat = result.flatten(0, last).index_add(0, rows, delta.to(result.dtype))
+                result = flat.unflatten(0, slots.shape)
         return result
 
     def _delta(self, name: str, x: Tensor) -> Tensor:
@@ -216,51 +271,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             x = F.dropout(x, self.lora_dropout[name], self.training)
         return F.linear(F.linear(x, a), b) * self.lora_scale[name]
 
-    # ---- one adapter per row ------------------------------------------------------------------
-
-    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call"
-                " `unmerge_adapter` first."
-            )
-
-    def _rotate_rows(self, x: Tensor, result: Tensor, adapter_names: list[str]) -> Tensor:
-        """Rotate row i by the adapter named i; rows of other names come back bit for bit.
-
-        The number of operations on data does not depend on how many adapters there are: their
-        coefficients are stacked and gathered, once for each group size in the batch.
-        """
-        here = sorted(self._present(set(adapter_names)))
-        for group_size in sorted({self.group_size[name] for name in here}):
-            names = [name for name in here if self.group_size[name] == group_size]
-            slots = {name: slot for slot, name in enumerate(names, 1)}
-            index = torch.tensor([slots.get(n, 0) for n in adapter_names], device=result.device)
-            pairs = [self.coefficients(name, result.dtype) for name in names]
-            pairs.insert(0, (torch.ones_like(pairs[0][0]), torch.zeros_like(pairs[0][0])))
-            first, second = (torch.stack(vectors)[index] for vectors in zip(*pairs, strict=True))
-            middle = (1,) * (result.dim() - 2)
-            result = rotate_reference(
-                result,
-                first.view(len(index), *middle, -1),
-                second.view(len(index), *middle, -1),
-                group_size,
-            )
-        for name in here:
-            if name in self.road_lora_A:
-                rows = torch.tensor(
-                    [i for i, n in enumerate(adapter_names) if n == name], device=result.device
-                )
-                delta = self._delta(name, x.index_select(0, rows)).to(result.dtype)
-                result = result.index_add(0, rows, delta)
-        return result
-
-    def _present(self, names: Any) -> list[str]:
+    def _present(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.road_theta]
 
     # ---- merging ------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 from transformers import PreTrainedModel
 
+from road_peft.batching import LoadedAdapters, generate_batch
 from road_peft.composition import COMBINATIONS
 from road_peft.config import RoadConfig
 from road_peft.experts import ParamWrapper
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
-from road_peft.mixed_batch import route_rows
+from road_peft.mixed_batch import BASE, Rows, repeats_of, route_rows
+from road_peft.routing import Routing
 from road_peft.targets import linear_layers_of_blocks, why_bypassed, wrap
 from road_peft.variants import VARIANTS
 from road_peft.weights import keep_codes_readable
@@ -32,6 +34,10 @@ class RoadModel(upstream.RoadModel):
     """
 
     tuner_layer_cls = RoadLayer  # type: ignore[assignment]  # a subclass, which upstream leaves out
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.routing = Routing()  # before the layers, which are made in the constructor
+        super().__init__(*args, **kwargs)
 
     # ---- which modules ------------------------------------------------------------------------
 
@@ -75,6 +81,7 @@ class RoadModel(upstream.RoadModel):
             else:
                 layer = wrap(target, parameter_name, **get_quantization_kwargs(self.model))
                 layer.module_name, layer._active_adapter = current_key, adapter_name
+                layer.routing = self.routing
             layer.update_layer(adapter_name, **config.layer_arguments(current_key))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
@@ -298,23 +305,46 @@ class RoadModel(upstream.RoadModel):
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        with route_rows(self.model, adapter_names, args, kwargs):
+        self._check_names(adapter_names)
+        rows = Rows(adapter_names, repeats_of(self.model, args, kwargs))
+        if isinstance(self.model, PreTrainedModel):  # hooks do it too, but not while compiling
+            rows.note_shape(self.model, args, kwargs)
+        with route_rows(self.model, self.routing, rows):
             yield
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' continuous batching, every request with the active adapter.
+    def generate_batch(
+        self, inputs: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate by transformers' continuous batching, prompt i with the adapter named i.
+
+        Without `adapter_names` every prompt takes the active adapters. See
+        `road_peft.batching.generate_batch`.
 
         Raises:
-            ValueError: `adapter_names` is given, which transformers would ignore.
+            ValueError: a name is unknown, or its adapter holds modules or tokens of its own, which
+                cannot be switched between the requests of one packed row.
         """
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names is given, but generate_batch packs requests into one row and serves"
-                " the active adapter to all; use generate(adapter_names=...)"
-            )
-        return self.model.generate_batch(*args, **kwargs)
+        if adapter_names is None:
+            return self.model.generate_batch(inputs, *args, **kwargs)
+        self._check_names(adapter_names)
+        names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        for name in names:
+            config = RoadConfig.of(self.peft_config[name])
+            if config.modules_to_save or config.trainable_token_indices:
+                raise ValueError(
+                    f"adapter {name!r} has modules_to_save or trainable_token_indices, which"
+                    " generate_batch cannot switch by request; use generate(adapter_names=...)"
+                )
+        adapters = LoadedAdapters(self.model, self.routing, names)
+        if args:  # transformers' order
+            order = ("generation_config", "continuous_batching_config")
+            kwargs |= dict(zip(order, args, strict=False))
+        return generate_batch(adapters, inputs, adapter_names, **kwargs)
+
+    def _check_names(self, adapter_names: list[str]) -> None:
+        unknown = sorted(set(adapter_names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
 
 def _adapts(target: nn.Module, parameter_name: str | None) -> bool:

@@ -43,8 +43,9 @@ class Counts:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
-# PEFT release, oldest first: what our class reaches in a full run
-EXPECTED = {"0.21.2": Counts(passed=732, failed=0, skipped=77)}
+# PEFT release, oldest first: what our class reaches in a full run. Tests that are expected to fail,
+# since ours does otherwise on purpose (`plugin.DELIBERATE`), count as skipped.
+EXPECTED = {"0.21.2": Counts(passed=731, failed=0, skipped=78)}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ Nothing of PEFT is changed on disk. What a test file finds in place of the real 
     the hub           the cache of HF_HUB_CACHE, of which all is said to be fetched already
     optional packages an empty stand-in where they are not installed
     skips for RoAd    none for GPT-2's Conv1D nor for mixed batches with beams
+What ours does otherwise on purpose is expected to fail, test by test, with the reason.
 """
 
 import functools
@@ -39,6 +40,12 @@ LIFTED_SKIPS = (
     *("_skip_if_not_conv1d_supported", "_skip_if_conv1d_not_supported"),
     "check_beft_config",
 )
+# what ours does otherwise, by the name of the test's function
+DELIBERATE = {
+    "test_mixed_adapter_batches_training_mode_raises": (
+        "a batch whose rows belong to different adapters is trained, not refused"
+    ),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,6 +78,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (kept if _touches(item, config.stash[ROAD]) else others).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=others)
+    if config.stash[ROAD].__module__.startswith("road_peft."):
+        for item in kept:
+            reason = DELIBERATE.get(getattr(item, "originalname", ""))
+            if reason:
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     instead = {"_HUB_MODEL_ACCESSES": _Everything(int), **dict.fromkeys(LIFTED_SKIPS, _never)}
     for name, module in sys.modules.items():
         if name.startswith(f"{PACKAGE}."):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from road_peft import RoadConfig
+from tests.helpers import TOLERANCES
 from tests.road_peft._models import (
     VOCABULARY,
     tiny,
@@ -60,3 +61,61 @@ def only(model: Any, name: str, function: Any) -> Any:
             return function()
     model.set_adapter(name)
     return function()
+
+
+def trained_model(name: str = "llama", **settings: Any) -> peft.PeftModel:
+    """Give a model in double precision that trains "a", "c", "d" and "e" at once."""
+    base = tiny(name, dtype=torch.float64, **{"use_cache": False, **settings})
+    model = with_adapters(base, configs("a", "c", "d", "e"))
+    model.base_model.set_adapter(["a", "c", "d", "e"])
+    return model.train()
+
+
+def loss_of(model: Any, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    """Give a loss that is a sum over rows: that of the first output, element by element."""
+    output = model(**inputs, **kwargs)[0]
+    weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype).view_as(output[0])
+    return (output.square() * weights + output * weights.flip(-1)).sum()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """Give the gradients there are, and forget them."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def belongs(parameter: str, adapter: str) -> bool:
+    return adapter in parameter.split(".")
+
+
+def gradients_alone(
+    model: Any, inputs: dict[str, Tensor], names: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the rows of each adapter without the others: the sum of losses, and the gradients."""
+    loss: Any = 0
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(names):
+        rows = [i for i, other in enumerate(names) if other == name]
+        mine = {key: value[rows] for key, value in inputs.items()}
+        part = only(model, name, lambda mine=mine: loss_of(model, mine))
+        if name != BASE:
+            part.backward()
+        loss = loss + part.detach()
+        found |= gradients(model)
+    return loss, found
+
+
+def assert_network_close(actual: Tensor, wanted: Tensor, name: str = "result") -> None:
+    """Compare what passed through a network, which adds up the roundings of its layers."""
+    error = (actual.double() - wanted.double()).abs().max().item()
+    bound = 100 * TOLERANCES[wanted.dtype] * wanted.double().abs().max().item()
+    assert error <= bound, f"{name} is off by {error:.3g}, more than {bound:.3g}"
+
+
+def assert_gradients_close(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert actual.keys() == wanted.keys()
+    assert wanted
+    for name, gradient in wanted.items():
+        assert gradient.any(), name
+        assert_network_close(actual[name], gradient, name)

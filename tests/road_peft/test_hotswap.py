@@ -51,6 +51,16 @@ def test_the_model_computes_what_the_other_adapter_does(tmp_path: Path, settings
     assert {name: id(p) for name, p in model.named_parameters()} == kept
 
 
+def test_an_adapter_of_an_embedding_is_swapped(tmp_path: Path) -> None:
+    targets = {"target_modules": ["embed_tokens", "q_proj"]}  # PEFT saves the embedding along
+    other = adapted(**targets)
+    other.save_pretrained(tmp_path)
+    assert any(name.endswith("base_layer.weight") for name in load_file(tmp_path / FILE))
+    model = adapted(**targets)
+    hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_a_compiled_model_is_not_compiled_again(saved: tuple[Path, Tensor]) -> None:
     folder, expected = saved
     torch._dynamo.reset()
