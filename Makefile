@@ -46,6 +46,7 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.train --quick
 	@$(BIN)/python -m benchmarks.merge --quick
 	@$(BIN)/python -m benchmarks.ops --quick
+	@$(BIN)/python -m benchmarks.serve --quick
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

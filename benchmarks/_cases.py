@@ -101,6 +101,42 @@ class RotationCase:
     compiled: bool = True
 
 
+@dataclass(frozen=True)
+class BankCase:
+    """The rotation by slot on (rows, features), the slots drawn uniformly from `slots`."""
+
+    features: int
+    rows: tuple[int, ...]
+    slots: int = 32
+    dtypes: tuple[torch.dtype, ...] = BOTH
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class ServeCase:
+    """A language model that serves every row of a batch with an adapter of its own choice.
+
+    A panel whose sizes are left out is not measured. `context` is the number of tokens in the
+    cache at a decode step, `batch` the number of rows where nothing else is said.
+    """
+
+    shape: str
+    blocks: int
+    batches: tuple[int, ...]  # each row with an adapter of its own
+    ranks: tuple[int, ...] = ()  # of LoRA, with a single row
+    generated: tuple[int, ...] = ()  # tokens of each row
+    prompts: tuple[int, ...] = ()  # tokens of each row
+    workload_rows: int = 0  # as many adapters to choose from
+    context: int = 64
+    batch: int = 8
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+    @property
+    def adapters(self) -> int:
+        """The largest number of different adapters in a batch, at least two."""
+        return max(2, self.batch, self.workload_rows, *self.batches)
+
+
 TRAIN: dict[str, tuple[LinearCase | StackCase, ...]] = {
     "tiny": (LinearCase("tiny", "up", (4, 8)), StackCase("tiny", 1, 2, (4,))),
     "quick": (
@@ -162,5 +198,61 @@ ROTATION: dict[str, tuple[RotationCase, ...]] = {
         RotationCase(2048, (1, 32, 512, 4096, 16384), (2, 64, 2048)),
         RotationCase(4096, (1, 32, 512, 4096, 16384)),
         RotationCase(11008, (1, 32, 512, 4096, 16384)),
+    ),
+}
+
+BANK: dict[str, tuple[BankCase, ...]] = {
+    "tiny": (BankCase(128, (3, 8), 4, compiled=False),),
+    "quick": (BankCase(1024, (8, 32, 512), compiled=False),),
+    "full": (
+        BankCase(1024, (1, 8, 32, 64, 512, 4096)),
+        BankCase(2816, (8, 32, 512), compiled=False),
+        BankCase(4096, (8, 32, 512), compiled=False),
+    ),
+    "gpu": (
+        BankCase(2048, (1, 64, 1024, 8192)),
+        BankCase(4096, (1, 64, 1024, 8192), 64),
+        BankCase(11008, (64, 8192)),
+    ),
+}
+
+SERVE: dict[str, tuple[ServeCase, ...]] = {
+    "tiny": (ServeCase("tiny", 1, (1, 4), (1, 2), (2,), (4,), 4, context=4, batch=2),),
+    "quick": (ServeCase("hidden-1024", 2, (1, 8, 32), (1, 16), (8,), (16,), 16),),
+    "full": (
+        ServeCase(
+            "hidden-1024",
+            8,
+            (1, 2, 4, 8, 16, 32, 64),
+            (1, 2, 4, 8, 16),
+            (16, 32, 64),
+            (32, 128),
+            32,
+        ),
+        ServeCase("Llama-3.2-1B", 4, (8, 32)),
+    ),
+    "gpu": (
+        ServeCase(
+            "Llama-3.2-1B",
+            16,
+            (1, 2, 4, 8, 16, 32, 64),
+            (1, 2, 4, 8, 16),
+            (256,),
+            (128, 512),
+            64,
+            context=512,
+            dtypes=(BF16,),
+        ),
+        ServeCase(
+            "Llama-2-7B",
+            32,
+            (1, 2, 4, 8, 16, 32, 64),
+            (1, 2, 4, 8, 16),
+            (256, 1024, 2048, 4096),
+            (128, 512),
+            64,
+            context=512,
+            dtypes=(BF16,),
+        ),
     ),
 }

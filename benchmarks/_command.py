@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks._cases import SIZES
 from benchmarks._measure import CLOCKS, Stages, interleave
-from benchmarks._report import Place, Row, append, plot, show
+from benchmarks._report import Panel, Place, Row, append, plot, show
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,21 +23,35 @@ Fact = tuple[str, str, str, float]  # mode, metric, unit, value
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one run of a mode gets done, for a rate such as tokens a second."""
+
+    metric: str
+    unit: str  # per second
+    amount: float
+
+
+@dataclass(frozen=True)
 class Subject:
     """A provider made ready for one case.
 
-    `error` is its distance from the reference. `facts` measures what is not a time; it runs after
-    the timing, and only if the provider is right.
+    `error` is its distance from the reference. `work` gives the rates that are reported next to the
+    times. `facts` measures what is not a time; it runs after the timing, and only if the provider
+    is right.
     """
 
     stages: Stages
     error: float
     facts: Callable[[], Iterable[Fact]] = tuple
+    work: Mapping[str, Work] = field(default_factory=dict)  # by mode
 
 
 @dataclass(frozen=True)
 class Point:
-    """A case at one size, with the providers to compare. Ratios are to `baseline`."""
+    """A case at one size, with the providers to compare. Ratios are to `baseline`.
+
+    `most_rounds` bounds the samples, where one takes long.
+    """
 
     case: str
     x: int
@@ -45,6 +59,7 @@ class Point:
     baseline: str
     subjects: Mapping[str, Subject]
     totals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # sums of stages
+    most_rounds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class Aim:
     """A figure to reach: `provider` at most `limit` times `against`, or the plain figure.
 
     With `at_least`, the inverse ratio has to be `limit` or more (so many times faster). Only cases
-    with `cases` in their name count.
+    with `cases` in their name count, at the size `x` if it is given, on the `device` if it is.
     """
 
     text: str
@@ -63,13 +78,17 @@ class Aim:
     against: str | None = None
     at_least: bool = False
     cases: str = ""
+    x: int | None = None
+    device: str | None = None  # "cpu" or "cuda"
 
     def judge(self, rows: Sequence[Row]) -> dict[str, object]:
         """Give how often the aim is reached, and the worst value with its case."""
         found = {
             (r.case, r.x, r.provider): r.p50
             for r in rows
-            if (r.mode, r.metric) == (self.mode, self.metric) and self.cases in r.case
+            if (r.mode, r.metric) == (self.mode, self.metric)
+            and self.cases in r.case
+            and self.x in (None, r.x)
         }
         values: dict[tuple[str, int], float] = {}
         for (case, x, provider), value in found.items():
@@ -105,7 +124,7 @@ class Command:
     name: str
     about: str
     points: Callable[[Settings], Iterator[Point]]
-    plot_modes: tuple[str, ...]
+    panels: tuple[Panel, ...]
     aims: tuple[Aim, ...] = ()
     rounds: Mapping[str, int] = field(
         default_factory=lambda: {"tiny": 3, "quick": 7, "full": 9, "gpu": 50}
@@ -126,6 +145,7 @@ def main(command: Command, argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     for point in command.points(settings):
         rounds = args.rounds or command.rounds[size]
+        rounds = min(rounds, point.most_rounds or rounds)
         measured = measure(point, place, rounds, device, args.clock)
         show(console, measured)
         rows += measured
@@ -134,8 +154,8 @@ def main(command: Command, argv: Sequence[str] | None = None) -> int:
         csv = RESULTS / csv.name
     append(csv, rows)
     args.out.mkdir(parents=True, exist_ok=True)
-    plot(csv, png, command.plot_modes)
-    judged = [aim.judge(rows) for aim in command.aims]
+    plot(csv, png, command.panels)
+    judged = [aim.judge(rows if aim.device in (None, device.type) else ()) for aim in command.aims]
     for verdict in judged:
         console.print(*(f"{k}: {v}" for k, v in verdict.items()), sep="; ", highlight=False)
     wrong = [f"{r.case} x={r.x}: {r.provider}" for r in rows if r.metric == "wrong"]
@@ -173,10 +193,12 @@ def measure(
     for name, subject in right.items():
         for mode, samples in timed[name].items():
             ratios = _ratios(samples, timed.get(point.baseline, {}).get(mode, []))
-            for metric, unit, values in (
-                ("time", "ms", samples),
-                ("ratio", f"of {point.baseline}", ratios),
-            ):
+            figures = [("time", "ms", samples), ("ratio", f"of {point.baseline}", ratios)]
+            if mode in subject.work:
+                work = subject.work[mode]
+                rates = [work.amount / ms * 1e3 for ms in samples]
+                figures.append((work.metric, work.unit, rates))
+            for metric, unit, values in figures:
                 if values:
                     rows.append(place.row(point.case, name, mode, metric, unit, point.x, values))
         for mode, metric, unit, value in subject.facts():

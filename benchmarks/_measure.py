@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Stages = Mapping[str, Callable[[], object]]  # run in this order, each timed on its own
 Samples = dict[str, list[float]]  # stage -> milliseconds, one entry a round
@@ -42,7 +43,8 @@ def interleave(
 
     A first cycle warms up and is dropped, except for a provider that is slow (over 5 s). On CUDA
     events take the time, whatever the clock, and the second-level cache is overwritten before
-    every cycle, as a model's other layers would.
+    every cycle, as a model's other layers would. Of a stage whose name begins with "_", which
+    prepares another, there are no samples.
     """
     cycle: Callable[[Stages, int], dict[str, float]]
     cycle = _CudaCycle(device) if device.type == "cuda" else partial(_cpu_cycle, CLOCKS[clock])
@@ -51,7 +53,7 @@ def interleave(
     for name, stages in providers.items():
         first = cycle(stages, 1)
         if sum(first.values()) > _SLOW_S * 1e3:
-            samples[name] = {stage: [ms] for stage, ms in first.items()}
+            samples[name] = {s: [ms] for s, ms in first.items() if not s.startswith("_")}
             continue
         spent_s = sum(cycle(stages, 1).values()) / 1e3
         repeats[name] = max(1, min(_MAX_REPEATS, round(_SAMPLE_S / max(spent_s, 1e-9))))
@@ -59,7 +61,8 @@ def interleave(
     for _ in range(rounds):
         for name in order.sample(list(repeats), len(repeats)):
             for stage, ms in cycle(providers[name], repeats[name]).items():
-                samples[name].setdefault(stage, []).append(ms)
+                if not stage.startswith("_"):
+                    samples[name].setdefault(stage, []).append(ms)
     return samples
 
 
@@ -92,6 +95,48 @@ class _CudaCycle:
             name: begin.elapsed_time(end)
             for name, begin, end in zip(stages, events[:-1], events[1:], strict=True)
         }
+
+
+def graphed(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """Capture `run` in a CUDA graph; give what replays it. It reads the tensors `run` read."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # a capture must not meet what happens in a first call only
+        run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure how many bytes a second a large copy reads and writes on a CUDA device."""
+    source = torch.empty(2**28, dtype=torch.int8, device=device)
+    copied = interleave({"copy": {"copy": source.clone}}, 20, device)["copy"]["copy"]
+    return 2 * source.nbytes / (quantiles(copied)[1] / 1e3)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Count the operations that `run` hands to torch's dispatcher, views included.
+
+    A registered operator counts as one, whatever its implementation calls.
+    """
+    with _Operations() as seen:
+        run()
+    return seen.count
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

@@ -1,12 +1,15 @@
-"""The models that adapters are put on: one linear layer, and a stack of transformer blocks."""
+"""The models that adapters are put on: a linear layer, transformer blocks, a language model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from benchmarks._cases import LINEARS, SHAPES, StackCase
+from benchmarks._cases import LINEARS, SHAPES, ServeCase, StackCase
+
+LINEARS_OF_BLOCK = tuple(f"{name}_proj" for name in LINEARS)
+VOCABULARY = 256  # small, since neither embeddings nor logits are adapted
 
 
 class OneLinear(nn.Module):
@@ -26,25 +29,40 @@ class OneLinear(nn.Module):
 class Stack(nn.Module):
     """The blocks of a Llama with random weights, from embeddings to the last hidden state."""
 
-    targets = tuple(f"{name}_proj" for name in LINEARS)
+    targets = LINEARS_OF_BLOCK
 
     def __init__(self, case: StackCase) -> None:
         super().__init__()
-        shape = SHAPES[case.shape]
-        self.width = shape.hidden
-        self.blocks = LlamaModel(
-            LlamaConfig(
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.key_value_heads,
-                num_hidden_layers=case.blocks,
-                vocab_size=8,
-            )
-        )
+        self.width = SHAPES[case.shape].hidden
+        self.blocks = LlamaModel(_config(case.shape, case.blocks, vocabulary=8))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+def language_model(case: ServeCase, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """Give a Llama with random weights that generates for as long as it is told to."""
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            _config(case.shape, case.blocks, VOCABULARY), dtype=dtype
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _config(shape_name: str, blocks: int, vocabulary: int) -> LlamaConfig:
+    shape = SHAPES[shape_name]
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        num_hidden_layers=blocks,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,  # no token ends a generation
+    )
 
 
 def random_inputs(base: OneLinear | Stack, batch: int, tokens: int) -> Tensor:

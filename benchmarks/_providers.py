@@ -25,7 +25,7 @@ from kernels_peft import rotate_reference
 from road_peft.variants import VARIANTS
 
 ADAPTER = "default"
-RANK, LORA_ALPHA = 8, 16
+RANK, LORA_SCALE = 8, 2.0
 
 # Part of a parameter's name -> mean and standard deviation of its values.
 _VALUES = {
@@ -36,7 +36,8 @@ _VALUES = {
     "lora_B": (0.0, 0.02),
 }
 
-Dense = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+Parameters = Mapping[str, Tensor]  # of one adapter in one layer, by the first part of the name
+Dense = Callable[[Tensor, Parameters], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,46 @@ class Provider:
     config: Callable[[list[str]], Any] | None
     dense: Dense
 
-    def build(self, base: nn.Module, targets: Sequence[str]) -> nn.Module:
-        """Give a copy of `base` with the adapter, on its device; only the adapter is trained."""
-        model = copy.deepcopy(base).requires_grad_(False)
+    def build(
+        self,
+        base: nn.Module,
+        targets: Sequence[str],
+        names: Sequence[str] = (ADAPTER,),
+        *,
+        share: bool = False,
+        upcast: bool = True,
+    ) -> nn.Module:
+        """Give a copy of `base` with an adapter for each name; only the first one is trained.
+
+        With `share` the copy has the parameters of `base` itself. Adapters are float32, or of the
+        dtype of `base` without `upcast`.
+        """
+        known: dict[int, Any] = {id(p): p for p in base.parameters()} if share else {}
+        model = copy.deepcopy(base, known).requires_grad_(False)
         if self.tuner is None or self.config is None:
             return model
-        adapted = self.tuner(model, self.config(list(targets)), ADAPTER)
-        adapted._cast_adapter_dtype(ADAPTER)  # type: ignore[operator]  # what PeftModel does
-        generator = torch.Generator().manual_seed(0)
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                mean, std = next(v for key, v in _VALUES.items() if key in name)
-                values = torch.randn(parameter.shape, generator=generator) * std + mean
-                parameter.data.copy_(values)
+        adapted: Any = self.tuner(model, self.config(list(targets)), names[0])
+        for name in names[1:]:
+            adapted.peft_config[name] = self.config(list(targets))
+            adapted.inject_adapter(adapted.model, name)
+        for name in names:
+            adapted._cast_adapter_dtype(name, upcast)  # what PeftModel does
+        of_adapter: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in names}
+        for full_name, parameter in adapted.named_parameters():
+            for name in of_adapter.keys() & set(full_name.split(".")):
+                of_adapter[name].append((full_name, parameter))
+        for seed, parameters in enumerate(of_adapter.values()):
+            generator = torch.Generator().manual_seed(seed)
+            for full_name, parameter in parameters:
+                key = next(key for key in _VALUES if key in full_name)
+                parameter.data.copy_(draw(key, parameter.shape, generator))
         return adapted
+
+
+def draw(key: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Give random values for the parameter of a kind, "lora_A" or so."""
+    mean, std = _VALUES[key]
+    return torch.randn(*shape, generator=generator) * std + mean
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,26 +102,30 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in modules if isinstance(m, BaseTunerLayer) and isinstance(m, nn.Module)}
 
 
-def _plain(weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+def plain(weight: Tensor, parameters: Parameters) -> Tensor:
+    """Give the weight of a layer without an adapter."""
     return weight
 
 
-def _rotated(weight: Tensor, parameters: Mapping[str, Tensor], variant: str) -> Tensor:
+def _rotated(weight: Tensor, parameters: Parameters, variant: str) -> Tensor:
     theta, alpha = parameters["road_theta"], parameters["road_alpha"]
     first, second = VARIANTS[variant].coefficients(theta, alpha, GROUP_SIZE)
     return rotate_reference(weight, first, second, GROUP_SIZE, dim=0)
 
 
-def _low_rank(weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    return weight + (LORA_ALPHA / RANK) * (parameters["lora_B"] @ parameters["lora_A"])
+def low_rank(weight: Tensor, parameters: Parameters) -> Tensor:
+    """Give the weight of a layer with a LoRA."""
+    return weight + LORA_SCALE * (parameters["lora_B"] @ parameters["lora_A"])
 
 
-def _scaled(weight: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+def scaled(weight: Tensor, parameters: Parameters) -> Tensor:
+    """Give the weight of a layer with an (IA)3 at its outputs."""
     return weight * parameters["ia3_l"].reshape(-1, 1)
 
 
-def _lora_config(targets: list[str]) -> LoraConfig:
-    return LoraConfig(r=RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=targets)
+def _lora_config(targets: list[str], rank: int) -> LoraConfig:
+    alpha = int(LORA_SCALE * rank)
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
 
 
 def _ia3_config(targets: list[str]) -> IA3Config:
@@ -111,17 +142,22 @@ def _road_provider(package: Any, variant: str, **options: Any) -> Provider:
     return Provider(package.RoadModel, config, partial(_rotated, variant=variant))
 
 
+def lora_provider(rank: int) -> Provider:
+    """Give PEFT's LoRA of a rank."""
+    return Provider(LoraModel, partial(_lora_config, rank=rank), low_rank)
+
+
 BASE, STOCK, OURS, LORA = "base", "stock road_1", "road_1", "lora r8"
 
 TRAINED = {
-    BASE: Provider(None, None, _plain),
+    BASE: Provider(None, None, plain),
     OURS: _road_provider(road_peft, "road_1"),
     "road_1 recompute": _road_provider(road_peft, "road_1", recompute=True),
     "road_2": _road_provider(road_peft, "road_2"),
     "road_4": _road_provider(road_peft, "road_4"),
     STOCK: _road_provider(stock, "road_1"),
-    LORA: Provider(LoraModel, _lora_config, _low_rank),
-    "ia3": Provider(IA3Model, _ia3_config, _scaled),
+    LORA: lora_provider(RANK),
+    "ia3": Provider(IA3Model, _ia3_config, scaled),
 }
 
 MERGED = {

@@ -20,12 +20,14 @@ from rich.table import Table
 
 from benchmarks._measure import quantiles
 
+# ten of matplotlib's, and what tells itself apart from them
+_COLORS = ("k", *(f"C{n}" for n in range(10)), "navy", "lime", "gold")
 _PACKAGES = ("torch", "transformers", "peft", "triton")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: a provider on a case, in a mode, at a size x (tokens, or rows of a weight)."""
+    """One figure: a provider on a case, in a mode, at a size x (which the README says)."""
 
     case: str
     provider: str
@@ -144,39 +146,96 @@ def show(console: Console, rows: Sequence[Row]) -> None:
         console.print(table)
 
 
-def plot(source: Path, target: Path, modes: Sequence[str]) -> None:
-    """Draw the ratios of the latest run in the CSV at `source`, a panel for each case and mode."""
+@dataclass(frozen=True)
+class Panel:
+    """What a plot shows of every case with `cases` in its name.
+
+    Across are the sizes, or the modes if there are several; `x` says what they are.
+    """
+
+    modes: tuple[str, ...]
+    metric: str = "ratio"
+    cases: str = ""
+    x: str = "tokens"
+
+    def rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Choose the rows that belong into this panel."""
+        return [
+            r
+            for r in rows
+            if r.metric == self.metric and r.mode in self.modes and self.cases in r.case
+        ]
+
+
+def plot(source: Path, target: Path, panels: Sequence[Panel]) -> None:
+    """Draw the latest run in the CSV at `source`: for each case, every panel that has rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [r for r in read(source) if r.metric == "ratio" and r.mode in modes]
-    panels = _distinct((r.case, r.mode) for r in rows)
-    colors = {name: f"C{n}" for n, name in enumerate(_distinct(r.provider for r in rows))}
-    across = min(3, max(1, len(panels)))
-    down = -(-max(1, len(panels)) // across)
-    figure = Figure(figsize=(5 * across, 3.6 * down), layout="constrained")
-    for number, (case, mode) in enumerate(panels, 1):
-        here = [r for r in rows if (r.case, r.mode) == (case, mode)]
+    rows = read(source)
+    drawn = [
+        (case, panel, here)
+        for case in _distinct(r.case for r in rows)
+        for panel in panels
+        if (here := panel.rows([r for r in rows if r.case == case]))
+    ]
+    providers = _distinct(r.provider for _, _, here in drawn for r in here)
+    looks = {name: (_COLORS[n % len(_COLORS)], "osv^D"[n % 5]) for n, name in enumerate(providers)}
+    across = min(3, max(1, len(drawn)))
+    down = -(-max(1, len(drawn)) // across)
+    figure = Figure(figsize=(5 * across, 3.6 * down + 0.8), layout="constrained")
+    for number, (case, panel, here) in enumerate(drawn, 1):
         axes = figure.add_subplot(down, across, number)
-        _draw(axes, here, colors)
-        axes.set_ylabel(f"time, {here[0].unit}")
-        axes.set_title(f"{case}: {mode}", fontsize=9)
-        if number == 1:
-            axes.legend(fontsize=6)
-    figure.suptitle(f"{rows[0].device}, {rows[0].versions}" if rows else "nothing timed")
+        _draw(axes, panel, here, looks)
+        title = case if len(panel.modes) > 1 else f"{case}: {panel.modes[0]}"
+        axes.set_title(title, fontsize=9)
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            [handles[name] for name in providers],
+            providers,
+            loc="outside lower center",
+            ncols=min(len(providers), 2 * across),
+            fontsize=8,
+        )
+    title = f"{rows[0].device}\n{rows[0].versions}" if drawn else "nothing timed"
+    figure.suptitle(title, fontsize=9)
     FigureCanvasAgg(figure).print_png(str(target))
 
 
-def _draw(axes: Any, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
+def _draw(
+    axes: Any, panel: Panel, rows: Sequence[Row], looks: Mapping[str, tuple[str, str]]
+) -> None:
     """Draw a line for each provider, medians with a bar from the 20th to the 80th percentile."""
-    sizes = _distinct(r.x for r in rows)
-    for shift, provider in enumerate(_distinct(r.provider for r in rows)):
+    by_mode = len(panel.modes) > 1
+    places = _distinct(r.mode if by_mode else r.x for r in rows)
+    providers = _distinct(r.provider for r in rows)
+    width = 0.6 if by_mode or len(places) == 1 else 0.2
+    for number, provider in enumerate(providers):
         here = [r for r in rows if r.provider == provider]
-        at = [sizes.index(r.x) + 0.05 * shift for r in here]
+        shift = width * (number / max(1, len(providers) - 1) - 0.5)
+        at = [places.index(r.mode if by_mode else r.x) + shift for r in here]
         spread = [[r.p50 - r.p20 for r in here], [r.p80 - r.p50 for r in here]]
         medians = [r.p50 for r in here]
-        axes.errorbar(at, medians, spread, marker="o", color=colors[provider], label=provider)
-    axes.set_xticks(range(len(sizes)), [str(x) for x in sizes])
+        color, marker = looks[provider]
+        axes.errorbar(
+            at,
+            medians,
+            spread,
+            color=color,
+            marker=marker,
+            markersize=4,
+            linestyle="none" if by_mode else "-",
+            label=provider,
+        )
+    axes.set_xticks(range(len(places)), [str(place) for place in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.set_xlabel(panel.x, fontsize=8)
+    axes.set_ylabel(f"{'time' if panel.metric == 'ratio' else panel.metric}, {rows[0].unit}")
     if max(r.p50 for r in rows) > 10 * min(r.p50 for r in rows):
         axes.set_yscale("log")
 

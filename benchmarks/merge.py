@@ -19,6 +19,7 @@ from benchmarks._command import Aim, Command, Fact, Point, Settings, Subject, ma
 from benchmarks._measure import memory_of, relative_error
 from benchmarks._models import OneLinear
 from benchmarks._providers import MERGED, OURS, STOCK, Provider, adapted_layers
+from benchmarks._report import Panel
 
 FLOOR = "floor"
 _WEIGHT_STD = 0.02
@@ -106,7 +107,7 @@ COMMAND = Command(
     "merge",
     __doc__ or "",
     points,
-    plot_modes=("merge", "unmerge"),
+    panels=tuple(Panel((mode,), x="rows of the weight") for mode in ("merge", "unmerge")),
     aims=AIMS,
     rounds={"tiny": 3, "quick": 5, "full": 7, "gpu": 20},
 )

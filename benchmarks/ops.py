@@ -1,9 +1,10 @@
-"""Measure the rotation operator alone against the time of moving its data.
+"""Measure the rotation operators alone against the time of moving their data.
 
 `floor` reads and writes a tensor of the same size once (a copy; in the backward it adds two
 tensors). `op` is what the tuner calls: Triton on CUDA, blocks of rows on a CPU. `peft` is the
 function of PEFT's RoAd, which computes its coefficients from angles in every call. Inference runs
-without autograd, a step is forward and backward with it. Usage: `python -m benchmarks.ops --quick`.
+without autograd, a step is forward and backward with it. A rotation bank takes the coefficients of
+every row from a table; see `_bank.py`. Usage: `python -m benchmarks.ops --quick`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ import peft.tuners.road.layer as stock
 import torch
 from torch import Tensor
 
+from benchmarks._bank import COMPILED, FLOOR, OP, bank_points
 from benchmarks._cases import ROTATION, TOLERANCE, dtype_name
 from benchmarks._command import Aim, Command, Point, Settings, Subject, main
 from benchmarks._measure import Stages, relative_error
+from benchmarks._report import Panel
 from kernels_peft import rotate, rotate_reference
 from road_peft.variants import VARIANTS
 
-FLOOR, OP, COMPILED = "floor", "op", "compiled"
 _VARIANT: Literal["road_2"] = "road_2"
 
 TOTALS = {"step": ("forward", "backward")}
 
+_ONE = "rotation d"  # in the names of the cases with one adapter for all rows
+
 AIMS = (
-    Aim("inference within 1.3 of a copy", OP, "inference", "time", 1.3, FLOOR),
+    Aim("inference within 1.3 of a copy", OP, "inference", "time", 1.3, FLOOR, cases=_ONE),
     Aim("a step within 1.5 of a copy and an addition", OP, "step", "time", 1.5, FLOOR),
-    Aim("inference not slower than compiled", OP, "inference", "time", 1.0, COMPILED),
+    Aim("inference not slower than compiled", OP, "inference", "time", 1.0, COMPILED, cases=_ONE),
     Aim("a step not slower than compiled", OP, "step", "time", 1.0, COMPILED),
     Aim("a step 1.5 times faster than PEFT", OP, "step", "time", 1.5, "peft", at_least=True),
 )
@@ -72,7 +76,7 @@ def implementations(compiled: bool) -> dict[str, Implementation]:
 
 
 def points(settings: Settings) -> Iterator[Point]:
-    """Yield every size of the operator."""
+    """Yield every size of the operators."""
     for case in ROTATION[settings.size]:
         for group_size in case.group_sizes:
             for dtype in case.dtypes:
@@ -85,6 +89,7 @@ def points(settings: Settings) -> Iterator[Point]:
                     for provider, implementation in implementations(case.compiled).items():
                         subjects[provider] = _subject(implementation, x, group_size)
                     yield Point(name, tokens, TOLERANCE[dtype], FLOOR, subjects, TOTALS)
+    yield from bank_points(settings)
 
 
 def _floor(x: Tensor) -> Stages:
@@ -134,7 +139,11 @@ def _with_gradients(
 
 
 COMMAND = Command(
-    "ops", __doc__ or "", points, plot_modes=("inference", "forward", "backward"), aims=AIMS
+    "ops",
+    __doc__ or "",
+    points,
+    panels=tuple(Panel((mode,), x="rows") for mode in ("inference", "forward", "backward")),
+    aims=AIMS,
 )
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from benchmarks._command import Aim, Command, Fact, Point, Settings, Subject, ma
 from benchmarks._measure import Stages, memory_of, relative_error, saved_bytes
 from benchmarks._models import OneLinear, Stack, output_bytes, random_inputs
 from benchmarks._providers import BASE, LORA, OURS, STOCK, TRAINED, Provider, adapted_layers
+from benchmarks._report import Panel
 
 _CHECK_TOKENS, _PROBE_TOKENS = 8, 16
 
@@ -140,7 +141,7 @@ def gradient_error(base: OneLinear | Stack, model: nn.Module, provider: Provider
     return relative_error(actual, [y_exact, *gradients])
 
 
-COMMAND = Command("train", __doc__ or "", points, plot_modes=("step",), aims=AIMS)
+COMMAND = Command("train", __doc__ or "", points, panels=(Panel(("step",)),), aims=AIMS)
 
 if __name__ == "__main__":
     raise SystemExit(main(COMMAND))

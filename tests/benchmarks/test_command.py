@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks._command import Aim, Command, Point, Settings, Subject, main, measure
-from benchmarks._report import Place
+from benchmarks._command import Aim, Command, Point, Settings, Subject, Work, main, measure
+from benchmarks._report import Panel, Place
 
 PLACE = Place("device", "versions", "commit", "date")
 
@@ -37,7 +37,7 @@ def test_wrong_provider_makes_the_command_fail(
     def points(_: Settings) -> Iterator[Point]:
         yield _point(0.5)
 
-    command = Command("some", "about", points, plot_modes=("forward",))
+    command = Command("some", "about", points, panels=(Panel(("forward",)),))
     assert main(command, ["--size", "tiny", "--out", str(tmp_path)]) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["wrong"] == ["case x=1: wrong"]
@@ -50,6 +50,7 @@ def test_wrong_provider_makes_the_command_fail(
         (Aim("ratio", "a", "step", "time", 0.5, "b"), 2, 0.4),
         (Aim("speed-up", "a", "step", "time", 3.0, "b", at_least=True), 1, 2.5),
         (Aim("one case", "a", "step", "time", 2.0, cases="first"), 1, 1.0),
+        (Aim("one size", "a", "step", "time", 2.0, x=2), 0, None),
         (Aim("nothing measured", "c", "step", "time", 2.0), 0, None),
     ],
     ids=lambda value: value.text if isinstance(value, Aim) else "",
@@ -63,3 +64,28 @@ def test_aim(aim: Aim, reached: int, worst: float | None) -> None:
     verdict = aim.judge(rows)
     assert verdict["reached"] == reached
     assert verdict.get("worst") == worst
+
+
+def test_rates_are_the_work_by_the_time() -> None:
+    work = {"decode": Work("throughput", "tokens/s", 32)}
+    subject = Subject({"decode": lambda: None}, 0.0, work=work)
+    point = Point("case", 32, 1e-4, "a", {"a": subject})
+    found = {r.metric: r for r in measure(point, PLACE, 1, torch.device("cpu"))}
+    assert found["throughput"].unit == "tokens/s"
+    assert found["throughput"].p50 == pytest.approx(32 / (found["time"].p50 / 1e3))
+
+
+def test_aims_of_another_device_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def points(_: Settings) -> Iterator[Point]:
+        yield Point("case", 1, 1e-4, "good", {"good": Subject({"forward": lambda: None}, 0.0)})
+
+    aims = tuple(
+        Aim(device, "good", "forward", "ratio", 1.0, device=device) for device in ("cpu", "cuda")
+    )
+    command = Command("some", "about", points, panels=(Panel(("forward",)),), aims=aims)
+    options = ["--size", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command, options) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {aim["aim"]: aim["of"] for aim in summary["aims"]} == {"cpu": 1, "cuda": 0}

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import _report, merge, ops, train
+from benchmarks import _report, merge, ops, serve, train
 from benchmarks._command import Command, main
 from benchmarks._providers import BASE, LORA, OURS, STOCK, TRAINED
+from benchmarks._serving import SERVED
 
 
 def _run(command: Command, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> Any:
@@ -37,8 +38,29 @@ def test_command_writes_rows_plot_and_json(
         assert row.p20 <= row.p50 <= row.p80
         assert "torch" in row.versions
         assert row.device
-    assert {r.mode for r in rows if r.metric == "time"} >= set(command.plot_modes)
+    assert all(panel.rows(rows) for panel in command.panels)
     assert {r.metric for r in rows} >= {"error", "time", "ratio"}
+
+
+def test_serve_measures_every_panel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, summary, rows = _run(serve.COMMAND, tmp_path, capsys, "--only", "float32")
+    assert code == 0
+    assert summary["wrong"] == []
+    assert summary["rows"] == len(rows)
+    assert Path(summary["png"]).read_bytes().startswith(b"\x89PNG")
+    on_gpu_only = {"rotation_bank"}
+    for panel in serve.COMMAND.panels:
+        if panel.modes != ("graph",) and panel.cases not in on_gpu_only:
+            assert panel.rows(rows), panel
+    cases = {r.case.partition(":")[0]: r for r in rows}
+    assert set(cases) == set(serve.PANELS)
+    timed = {r.provider for r in rows if r.metric == "time" and r.case.startswith("batch")}
+    assert timed == set(SERVED)
+    assert not {r.mode for r in rows if r.mode.startswith("_")}
+    more = {(r.provider, r.x): r.p50 for r in rows if r.metric == "more operations"}
+    assert more[OURS, 4] == more[BASE, 4] == 0
+    assert more[STOCK, 4] > 0
+    assert more[LORA, 4] > 0
 
 
 def test_train_compares_every_provider_and_counts_what_is_kept(
