@@ -1,6 +1,32 @@
-"""ApiQ: quantise a model to 4, 3 or 2 bits and initialise its LoRA factors at the same time.
+"""ApiQ: models of 2-, 3- and 4-bit weights whose LoRA makes up for the rounding.
 
-Holds no tuner yet; nothing is exported.
+Importing this package teaches PEFT the type APIQ and transformers the checkpoints of packed models
+(`quant_method: apiq`), so that their own `from_pretrained` read both. Before the import neither
+knows them.
 """
 
-__all__: list[str] = []
+from apiq_peft._register import register
+from apiq_peft.calibration import PRESETS, Calibration, CalibrationError, preset
+from apiq_peft.checkpoint import ApiQQuantizationConfig, dequantize
+from apiq_peft.config import ApiQConfig
+from apiq_peft.layer import ApiQLinear
+from apiq_peft.model import ApiQModel
+from apiq_peft.packed import PackedLinear
+from apiq_peft.quantize import quantize
+
+__all__ = [
+    "PRESETS",
+    "ApiQConfig",
+    "ApiQLinear",
+    "ApiQModel",
+    "ApiQQuantizationConfig",
+    "Calibration",
+    "CalibrationError",
+    "PackedLinear",
+    "dequantize",
+    "preset",
+    "quantize",
+    "register",
+]
+
+register()

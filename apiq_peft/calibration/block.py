@@ -1,0 +1,215 @@
+"""Calibrating one block: by its output, layer by layer, or in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apiq_peft.calibration.activations import Activations
+from apiq_peft.calibration.capture import Call
+from apiq_peft.calibration.closed_form import Moments
+from apiq_peft.calibration.fitting import fit
+from apiq_peft.calibration.settings import DTYPES, Calibration
+from apiq_peft.calibration.stacks import groups_of
+from apiq_peft.calibration.student import StudentLinear
+
+
+@dataclass
+class Work:
+    """One block and all that is known about its inputs.
+
+    `full` and `quantized` are the states that enter it in the full-precision and the quantised
+    model; `teacher` is the block itself, `student` its copy, `layers` the students' layers.
+    """
+
+    name: str
+    teacher: nn.Module
+    student: nn.Module
+    layers: dict[str, StudentLinear]
+    full: Activations
+    quantized: Activations
+    full_calls: Sequence[Call]
+    quantized_calls: Sequence[Call]
+    settings: Calibration
+    device: torch.device
+    generator: torch.Generator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the block's arithmetic."""
+        return DTYPES[self.settings.compute_dtype]
+
+    def teach(self, batch: int, states: Activations | None = None) -> Tensor:
+        """Give the output of the full-precision block, on its own input or on other states."""
+        own = states is None or states is self.full
+        calls = self.full_calls if own else self.quantized_calls
+        held = self.full if states is None else states
+        with torch.no_grad():
+            return calls[batch].run(self.teacher, held.get(batch, self.device, self.dtype))
+
+    def learn(self, batch: int) -> Tensor:
+        """Give the output of the student on the quantised input."""
+        states = self.quantized.get(batch, self.device, self.dtype)
+        return self.quantized_calls[batch].run(self.student, states)
+
+
+class _SeenError(Exception):
+    """Raised to leave a block once the input of a layer was seen."""
+
+
+def calibrate_block(
+    work: Work,
+    targets: Activations,
+    augmented: Activations | None,
+    progress: Callable[[str, int, float], None],
+) -> dict[str, list[float]]:
+    """Find clipping, A and B of every layer of a block; give the losses by what was trained.
+
+    `targets` holds the output of the full-precision block for every batch; `augmented`, if there is
+    that term in the loss, its output on the quantised input.
+    """
+    for layer in work.layers.values():
+        layer.full = False
+    groups = groups_of(work.student, dict(work.layers), lambda: _without_grad(work.learn, 0))
+    if work.settings.closed_form == "start":
+        _solve_groups(work, groups)
+    losses: dict[str, list[float]] = {}
+    if work.settings.epochs and work.settings.granularity == "block":
+        losses["block"] = fit(
+            work.name,
+            list(work.layers.values()),
+            _block_loss(work, targets, augmented),
+            len(targets),
+            work.settings,
+            work.generator,
+            lambda epoch, loss: progress("", epoch, loss),
+        )
+    elif work.settings.epochs:
+        for group in groups:
+            losses |= _fit_group(work, group, progress)
+    for layer in work.layers.values():
+        layer.settle()
+    if work.settings.closed_form == "refit":
+        _solve_groups(work, groups)
+    return losses
+
+
+def _without_grad(run: Callable[[int], Tensor], batch: int) -> Tensor:
+    with torch.no_grad():
+        return run(batch)
+
+
+def _block_loss(
+    work: Work, targets: Activations, augmented: Activations | None
+) -> Callable[[int], Tensor]:
+    def loss_of(batch: int) -> Tensor:
+        output = work.learn(batch).float()
+        loss = F.mse_loss(output, targets.get(batch, work.device, torch.float32))
+        if augmented is not None:
+            loss = loss + F.mse_loss(output, augmented.get(batch, work.device, torch.float32))
+        return loss
+
+    return loss_of
+
+
+def _fit_group(
+    work: Work, group: list[str], progress: Callable[[str, int, float], None]
+) -> dict[str, list[float]]:
+    """Train the layers of one input one after the other, then round them for good."""
+    pairs = [_inputs_of(work, group[0], batch) for batch in range(len(work.full_calls))]
+    losses = {}
+    for name in group:
+        layer = work.layers[name]
+
+        def loss_of(batch: int, layer: StudentLinear = layer) -> Tensor:
+            x, z = pairs[batch]
+            wanted = F.linear(x.float(), layer.weight.float())
+            return F.mse_loss(_without_bias(layer, z.float()), wanted)
+
+        losses[name] = fit(
+            f"{work.name}.{name}",
+            [layer],
+            loss_of,
+            len(pairs),
+            work.settings,
+            work.generator,
+            lambda epoch, loss, name=name: progress(name, epoch, loss),  # type: ignore[misc]
+        )
+        layer.settle()
+    return losses
+
+
+def _without_bias(layer: StudentLinear, z: Tensor) -> Tensor:
+    y = F.linear(z, layer.rounded())
+    return y + layer.grid.scale * F.linear(F.linear(z, layer.lora_A), layer.lora_B)
+
+
+@torch.no_grad()
+def _solve_groups(work: Work, groups: list[list[str]]) -> None:
+    """Solve A and B of every layer in closed form, on the inputs that those before make."""
+    with _rounded_once(work.layers.values()):
+        for group in groups:
+            layers = {name: work.layers[name] for name in group}
+            first = layers[group[0]]
+            sizes = {name: layer.weight.shape[0] for name, layer in layers.items()}
+            moments = Moments(first.weight.shape[1], sizes, work.device)
+            for batch in range(len(work.full_calls)):
+                x, z = (t.float() for t in _inputs_of(work, group[0], batch))
+                moments.add(
+                    z,
+                    {
+                        name: F.linear(x, layer.weight.float()) - F.linear(z, layer.rounded())
+                        for name, layer in layers.items()
+                    },
+                )
+            ranks = {name: layer.grid.rank for name, layer in layers.items()}
+            for name, (a, b) in moments.solve(ranks).items():
+                layers[name].lora_A.copy_(a)
+                layers[name].lora_B.copy_(b / layers[name].grid.scale)
+
+
+@contextmanager
+def _rounded_once(layers: Iterable[StudentLinear]) -> Iterator[None]:
+    """Keep the rounded weights of layers whose clipping does not change meanwhile."""
+    open_ones = [layer for layer in layers if layer.settled is None]
+    try:
+        for layer in open_ones:
+            layer.settled = layer.rounded()
+        yield
+    finally:
+        for layer in open_ones:
+            layer.settled = None
+
+
+def _inputs_of(work: Work, name: str, batch: int) -> tuple[Tensor, Tensor]:
+    """Give what enters a layer in the full-precision block and in the student."""
+    with torch.no_grad():
+        with _seen(work.teacher.get_submodule(name)) as full:
+            work.teach(batch)
+        with _seen(work.layers[name]) as quantized:
+            work.learn(batch)
+    return full[0], quantized[0]
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Iterator[list[Any]]:
+    """Note the input of `module`, and leave the block there."""
+    inputs: list[Any] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+        raise _SeenError
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield inputs
+    except _SeenError:
+        pass
+    finally:
+        handle.remove()

@@ -1,0 +1,112 @@
+"""The gradient part of a calibration: two groups of parameters, and what if it diverges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from apiq_peft.calibration.settings import Calibration
+from apiq_peft.calibration.student import StudentLinear
+
+_RETRY_RATE = 0.1  # of both learning rates, after the first loss that is not finite
+
+
+class CalibrationError(RuntimeError):
+    """A calibration that cannot go on: where, and what to do."""
+
+
+def fit(
+    where: str,
+    layers: Sequence[StudentLinear],
+    loss_of: Callable[[int], Tensor],
+    batches: int,
+    settings: Calibration,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None],
+) -> list[float]:
+    """Train clipping and LoRA of some layers together; give the mean loss of every epoch.
+
+    `loss_of` gives the loss of a batch by its number. A loss that is not finite restores the state
+    of the last epoch that was sound and goes on once at a tenth of the rates.
+
+    Raises:
+        CalibrationError: a loss is not finite a second time; the layers are in their last sound
+            state.
+    """
+    clips = [p for layer in layers for p in (layer.quantizer.high_clip, layer.quantizer.low_clip)]
+    loras = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    parameters = [*clips, *loras]
+    rate, losses, epoch = 1.0, [], 0
+    sound = [p.detach().clone() for p in parameters]
+    order = list(range(batches))
+    optimizer = _optimizer(clips, loras, settings, rate)
+    while epoch < settings.epochs:
+        if settings.shuffle:
+            order = torch.randperm(batches, generator=generator).tolist()
+        total = 0.0
+        for step, batch in enumerate(order):
+            share = (epoch * batches + step) / (settings.epochs * batches)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * _schedule(settings, share)
+            loss = loss_of(batch)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                break
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if settings.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            optimizer.step()
+            total += value
+        else:
+            epoch += 1
+            losses.append(total / batches)
+            sound = [p.detach().clone() for p in parameters]
+            progress(epoch, losses[-1])
+            continue
+        with torch.no_grad():
+            for parameter, value_before in zip(parameters, sound, strict=True):
+                parameter.copy_(value_before)
+        if rate < 1:
+            raise CalibrationError(
+                f"{where}: the loss is {value} in epoch {epoch + 1}, step {step + 1}, also at a"
+                " tenth of the rates; lower clip_lr and lora_lr, or set compute_dtype and"
+                " cache_dtype to float32 if activations are too large for a narrower one"
+            )
+        rate = _RETRY_RATE
+        optimizer = _optimizer(clips, loras, settings, rate)
+    for parameter in parameters:
+        parameter.grad = None
+    return losses
+
+
+def _optimizer(
+    clips: Sequence[Tensor], loras: Sequence[Tensor], settings: Calibration, rate: float
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(parameters),
+                "lr": rate * lr,
+                "peak": rate * lr,
+                "weight_decay": decay,
+            }
+            for parameters, lr, decay in (
+                (clips, settings.clip_lr, settings.clip_weight_decay),
+                (loras, settings.lora_lr, settings.lora_weight_decay),
+            )
+        ]
+    )
+
+
+def _schedule(settings: Calibration, share: float) -> float:
+    """Give the share of the peak rate after a share of all steps."""
+    if share < settings.warmup:
+        return share / settings.warmup
+    if settings.schedule == "constant":
+        return 1.0
+    done = (share - settings.warmup) / (1 - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,118 @@
+"""How a calibration runs: the settings that a finished model no longer needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from apiq_peft.quantizer import CLIP_INIT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GRANULARITIES = ("block", "layer")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Settings of `apiq_peft.quantize`; the defaults are the published script's.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    Source:
+        The official code's script for Llama-2 (weight decay and rates included); samples are not
+        drawn here but given by the caller, in the order they are used.
+    """
+
+    granularity: str = field(
+        default="block",
+        metadata={"help": "'block' matches the output of a block, 'layer' that of each layer."},
+    )
+    epochs: int = field(
+        default=20, metadata={"help": "Passes over the samples; 0 leaves the initial values."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Samples of one step."})
+    clip_lr: float = field(default=5e-3, metadata={"help": "Learning rate of the clipping."})
+    clip_weight_decay: float = field(
+        default=0.1, metadata={"help": "Weight decay of the clipping; it pulls to a tighter range."}
+    )
+    lora_lr: float = field(default=5e-4, metadata={"help": "Learning rate of A and B."})
+    lora_weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of A and B."})
+    clip_init: float = field(
+        default=CLIP_INIT, metadata={"help": "Initial clip parameter, before the sigmoid."}
+    )
+    augment_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Add the error against the full-precision block on the quantised input (not in"
+            " the paper's objective, but in its script)."
+        },
+    )
+    closed_form: str = field(
+        default="none",
+        metadata={
+            "help": "Solve A and B of a layer in closed form: 'none', 'start' (then train from it),"
+            " or 'refit' (after training, with the grid that was found; layer by layer)."
+        },
+    )
+    schedule: str = field(
+        default="constant", metadata={"help": "Of both learning rates: 'constant' or 'cosine'."}
+    )
+    warmup: float = field(default=0.0, metadata={"help": "Share of the steps that warm up."})
+    shuffle: bool = field(
+        default=False, metadata={"help": "Draw a new order of the batches in every epoch."}
+    )
+    max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clip the gradient of a step; not at all if not given."}
+    )
+    compute_dtype: str = field(
+        default="float32", metadata={"help": "Of a block's arithmetic: " + ", ".join(DTYPES) + "."}
+    )
+    cache_dtype: str = field(
+        default="float32", metadata={"help": "Of the activations between blocks."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Keep the activations in files there, not in memory."}
+    )
+    seed: int = field(default=2, metadata={"help": "Of A's initial values and of the order."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("granularity", GRANULARITIES),
+            ("schedule", SCHEDULES),
+            ("closed_form", ("none", "start", "refit")),
+            ("compute_dtype", DTYPES),
+            ("cache_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}"
+                )
+        for name, least in (("epochs", 0), ("batch_size", 1), ("clip_lr", 0), ("lora_lr", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, below 1")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the paper's two algorithms, with the script's rates
+    "apiq-bw": {},
+    "apiq-lw": {"granularity": "layer", "lora_lr": 1e-3, "augment_loss": False},
+    # the closed form alone: seconds a block
+    "fast": {"granularity": "layer", "epochs": 0, "closed_form": "start"},
+    # both: what reaches the lowest error with few samples
+    "best": {"closed_form": "start", "schedule": "cosine", "clip_weight_decay": 0.0},
+}
+
+
+def preset(name: str, **changes: Any) -> Calibration:
+    """Give the settings of that name, with changes.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; choose from {', '.join(PRESETS)}")
+    return replace(Calibration(**PRESETS[name]), **changes)

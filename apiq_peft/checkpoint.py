@@ -1,0 +1,139 @@
+"""Packed models on disk, by transformers' own way: `quant_method: apiq` in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from apiq_peft.packed import PackedLinear
+from apiq_peft.quantizer import SCHEMES
+
+METHOD = "apiq"
+FORMAT = 1  # of the tensors and of this configuration
+
+
+class ApiQQuantizationConfig(QuantizationConfigMixin):
+    """Which modules of a saved model are packed, and how: `{name: [bits, group_size]}`."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any] | None = None,
+        scheme: str = "asymmetric",
+        format_version: int = FORMAT,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT:
+            raise ValueError(
+                f"the model has format {format_version} of ApiQ, this library reads format"
+                f" {FORMAT}; install a version of apiq_peft that reads it"
+            )
+        if unknown or scheme not in SCHEMES:
+            raise ValueError(
+                f"quantization_config has scheme {scheme!r} and unknown keys {sorted(unknown)};"
+                f" schemes are {', '.join(SCHEMES)}, and there are no other keys"
+            )
+        self.quant_method: Any = quant_method
+        self.layers = {name: list(grid) for name, grid in (layers or {}).items()}
+        self.scheme, self.format_version = scheme, format_version
+
+
+class ApiQHfQuantizer(HfQuantizer):
+    """Puts packed layers in place before transformers loads their tensors."""
+
+    requires_calibration = True
+    quantization_config: ApiQQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, (bits, group_size) in self.quantization_config.layers.items():
+            parent, _, child = name.rpartition(".")
+            try:
+                module: Any = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"the model has no module {name}, which is packed") from None
+            packed = PackedLinear(
+                *_sizes(name, module),
+                bits,
+                group_size,
+                bias=module.bias is not None,
+                dtype=module.weight.dtype,
+                device=module.weight.device,
+            )
+            setattr(model.get_submodule(parent), child, packed)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                try:
+                    module.check()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+        return model
+
+    def is_serializable(self) -> bool:
+        """A packed model is saved as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters beside packed layers can be trained."""
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return dequantize(model, dtype)
+
+
+def _sizes(name: str, module: Any) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise ValueError(f"{name} is a {type(module).__name__}; only linear layers can be packed")
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Give the packed layers by the names that they have without adapters."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+    }
+
+
+def mark_quantized(model: Any, scheme: str) -> None:
+    """Tell transformers that `model` holds packed layers, so that it saves and treats it so."""
+    layers = {n: [m.bits, m.group_size] for n, m in packed_layers(model).items()}
+    config = ApiQQuantizationConfig(layers, scheme)
+    if hasattr(model, "config"):
+        model.config.quantization_config = config
+        model.hf_quantizer = ApiQHfQuantizer(config)
+        model.is_quantized, model.quantization_method = True, METHOD
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Replace every packed layer of `model` by a plain linear one, in place; give the model.
+
+    LoRA layers stay and become mergeable; the sizes in memory are those of full precision again.
+    `dtype` is that of the model if not given.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear):
+            continue
+        parent, _, child = name.rpartition(".")
+        wide = dtype or getattr(model, "dtype", None) or torch.float32
+        weight = module.dequantize(wide).contiguous()
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = module.in_features, module.out_features
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module.bias  # type: ignore[assignment]
+        setattr(model.get_submodule(parent), child, linear)
+    if getattr(model, "quantization_method", None) == METHOD:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    return model

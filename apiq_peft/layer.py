@@ -1,0 +1,73 @@
+"""The adapted layer: packed codes and a LoRA beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from apiq_peft.packed import PackedLinear
+from apiq_peft.quantizer import Quantizer
+
+_NO_MERGE = (
+    "the sum of 2-, 3- or 4-bit weights and a LoRA is not on the grid, so merging would lose one of"
+    " them; apiq_peft.dequantize(model) gives a full-precision model, whose LoRA can be merged"
+)
+
+
+class ApiQLinear(lora.Linear):
+    """y = x Q^T + s (x A^T) B^T, with Q packed in `base_layer`.
+
+    Source:
+        ApiQ (arXiv:2402.05147).
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.quantization_backend = ForwardOnlyQuantizationBackend("apiq")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse.
+
+        Raises:
+            ValueError: always, with what to do instead.
+        """
+        raise ValueError(_NO_MERGE)
+
+    def unmerge(self) -> None:
+        """Refuse, since nothing is ever merged."""
+        raise ValueError(_NO_MERGE)
+
+    def __repr__(self) -> str:
+        return "apiq." + super().__repr__().removeprefix("lora.")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor | None:
+    """Give the weight (N, K) of a layer that can be quantised, None if it is not one."""
+    if isinstance(module, Conv1D):
+        return module.weight.t()
+    return module.weight if type(module) is nn.Linear else None
+
+
+def pack_layer(module: nn.Module, bits: int, group_size: int, scheme: str) -> PackedLinear:
+    """Quantise a linear layer without data: every group is clipped at the initial share.
+
+    Raises:
+        ValueError: the layer is of another kind, or its sizes do not fit.
+    """
+    weight = weight_of(module)
+    if weight is None:
+        raise ValueError(
+            f"a {type(module).__name__} cannot be quantised by ApiQ; only torch's Linear and"
+            " transformers' Conv1D can. Leave it out of target_modules"
+        )
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device; load the model before quantising it")
+    PackedLinear(weight.shape[1], weight.shape[0], bits, group_size, device="meta")  # sizes fit?
+    quantizer = Quantizer(weight, bits, group_size, scheme).to(weight.device)
+    bias: Any = module.bias
+    return PackedLinear.from_codes(quantizer.codes(weight), bits, bias)

@@ -1,0 +1,115 @@
+"""The quantised layer of a base model: packed codes in the place of a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apiq_peft.quantizer import SCALE_DTYPE, Codes, check
+from kernels_peft.packed_linear import check_packed, dequantize, packed_linear
+from kernels_peft.packing import RUN, pack, unpack
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose frozen weight is 2-, 3- or 4-bit codes.
+
+    The tensors are those of GPTQ's format 2, without `g_idx`: groups lie in order. No copy of the
+    weight in floating point is kept; the backward dequantises it again.
+
+    Shapes:
+        qweight: (K bits / 32, N), int32. qzeros: (K / g, N bits / 32), int32. scales: (K / g, N),
+        float16. bias: (N,).
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make a layer without values, for a checkpoint to fill; `group_size` -1 is a whole row.
+
+        Raises:
+            ValueError: sizes that cannot be packed.
+        """
+        super().__init__()
+        check(bits, group_size, "asymmetric", in_features)
+        if in_features % RUN or out_features % RUN:
+            raise ValueError(
+                f"a layer of {in_features} inputs and {out_features} outputs cannot be packed; both"
+                f" must be multiples of {RUN}. Leave it out of target_modules"
+            )
+        groups = 1 if group_size == -1 else in_features // group_size
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = in_features // groups
+        words = {
+            "qweight": (in_features * bits // RUN, out_features),
+            "qzeros": (groups, out_features * bits // RUN),
+        }
+        for name, shape in words.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+        scales = torch.zeros(groups, out_features, dtype=SCALE_DTYPE, device=device)
+        self.register_buffer("scales", scales)
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None
+        )
+
+    @classmethod
+    def from_codes(cls, codes: Codes, bits: int, bias: Tensor | None) -> PackedLinear:
+        """Pack a quantised weight."""
+        (N, K), groups = codes.codes.shape, codes.scales.shape[1]
+        like: Any = {} if bias is None else {"bias": True, "dtype": bias.dtype}
+        layer = cls(K, N, bits, K // groups, device="meta", **like)
+        layer.qweight = pack(codes.codes.t(), bits)
+        layer.qzeros = pack(codes.zeros.t(), bits, dim=1)
+        layer.scales = codes.scales.t().contiguous()
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def codes(self) -> Codes:
+        """Unpack."""
+        codes, zeros = unpack(self.qweight, self.bits), unpack(self.qzeros, self.bits, dim=1)
+        return Codes(codes.t().contiguous(), self.scales.t().contiguous(), zeros.t().contiguous())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give the weight (N, K) in `dtype`, a new tensor."""
+        return dequantize(self.qweight, self.qzeros, self.scales, self.bits, dtype).t()
+
+    def check(self) -> None:
+        """Refuse tensors that a broken file may have brought.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, or scales that are not finite.
+        """
+        check_packed(self.qweight, self.qzeros, self.scales, self.bits)
+        if not torch.isfinite(self.scales).all():
+            raise ValueError("scales has values that are not finite; the file is broken")
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return packed_linear(x, self.qweight, self.qzeros, self.scales, bias, self.bits)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, of codes, zero points and scales, for each weight."""
+        held = sum(t.nbytes for t in (self.qweight, self.qzeros, self.scales))
+        return 8 * held / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits},"
+            f" group_size={self.group_size}, bias={self.bias is not None}"
+        )
