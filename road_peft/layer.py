@@ -256,8 +256,11 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         if not len(table):  # every row is of the base
             return result
         result = rotate_by_slot(result, table, group_sizes, slots)
+        loras = self.road_lora_A
+        if not len(loras):  # asking for each name would cost as much as rotating
+            return result
         for slot, name in enumerate(route.names):
-            if name in self.road_lora_A:
+            if name in loras:
                 rows, last = route.rows_of(slot, self, x), slots.dim() - 1
                 delta = self._delta(name, x.flatten(0, last).index_select(0, rows))
                 flat = result.flatten(0, last).index_add(0, rows, delta.to(result.dtype))

@@ -44,6 +44,7 @@ class Rows:
 
     def _place(self, places: Mapping[str, int]) -> None:
         self._slots = [places.get(name, -1) for name in self.adapter_names]
+        self._few_repeat = len(self._slots) <= 2 * len(set(self._slots) - {-1})
 
     def slots(self, layer: Any, x: Tensor) -> Tensor:
         """Give one slot for each of the rows of `x`.
@@ -51,15 +52,21 @@ class Rows:
         Raises:
             ValueError: `x` has a number of rows that these names do not explain.
         """
+        one_each, compiling = self._one_each(x), torch.compiler.is_compiling()
+        key = None if compiling else (one_each, x.shape[0], x.dim(), self.tokens_per_row, x.device)
+        if key in self._tensors:  # the same for all layers and steps
+            return self._tensors[key]
         copies = self._copies(x)
         if copies is None:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(self.adapter_names)} and {len(x)} respectively."
             )
-        one_each = self._one_each(x.device)
-        slots = list(range(len(self._slots))) if one_each else self._slots
-        return self._tensor((one_each, copies), self._repeated(slots, copies), x.device)
+        values = list(range(len(self._slots))) if one_each else self._slots
+        slots = torch.tensor(self._repeated(values, copies), dtype=torch.int64, device=x.device)
+        if not compiling:
+            self._tensors[key] = slots
+        return slots
 
     def table(self, layer: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Give the table of `layer`, for data like `like`, with all slots that `slots` gives."""
@@ -67,23 +74,22 @@ class Rows:
             return self._table(layer, like, False)
         key = (layer, like.dtype, like.device)
         if key not in self._tables:
-            self._tables[key] = self._table(layer, like, self._one_each(like.device))
+            self._tables[key] = self._table(layer, like, self._one_each(like))
         return self._tables[key]
 
     def _table(self, layer: Any, like: Tensor, one_each: bool) -> tuple[Tensor, Tensor]:
         return layer.coefficient_table(self.adapter_names if one_each else self.names, like)
 
-    def _one_each(self, device: torch.device) -> bool:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or device.type != "cpu":
+    def _one_each(self, like: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return len(self._slots) <= 2 * len(set(self._slots) - {-1})
+        return self._few_repeat and like.device.type == "cpu"
 
     def rows_of(self, slot: int, layer: Any, x: Tensor) -> Tensor:
         """Give the positions of the rows of `x` that have this slot."""
-        copies = self._copies(x) or 1
-        slots = self._repeated(self._slots, copies)
+        slots = self._repeated(self._slots, self._copies(x) or 1)
         places = [place for place, other in enumerate(slots) if other == slot]
-        return self._tensor(("rows", copies, slot), places, x.device)
+        return torch.tensor(places, dtype=torch.int64, device=x.device)
 
     def note_shape(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Pre-hook of a model: remember how many tokens a row has."""
@@ -113,13 +119,6 @@ class Rows:
     @staticmethod
     def _repeated(values: list[Any], copies: int) -> list[Any]:
         return [value for value in values for _ in range(copies)]
-
-    def _tensor(self, key: Any, values: list[int], device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            return torch.tensor(values, device=device)
-        if (key, device) not in self._tensors:
-            self._tensors[key, device] = torch.tensor(values, dtype=torch.int64, device=device)
-        return self._tensors[key, device]
 
 
 @contextmanager

@@ -197,7 +197,7 @@ def _rotate_rows(
     first, second = table.view(-1, 2, 1, *groups).unbind(1)
     if part.run is None:
         first, second = first.index_select(0, slots), second.index_select(0, slots)
-    else:
+    elif part.run != (0, len(table)):
         first, second = first.narrow(0, *part.run), second.narrow(0, *part.run)
     if out is not None and out.dtype == table.dtype:
         turned = torch.mul(pairs, first, out=out.view(pairs.shape))
