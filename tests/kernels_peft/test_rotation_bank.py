@@ -291,7 +291,7 @@ class _Count(TorchDispatchMode):
 def test_the_number_of_operations_is_that_of_group_sizes(sizes, base, shape) -> None:
     counts = []
     for adapters in (2, 4, 16, 32):
-        slots = torch.arange(32) % adapters
+        slots = (31 - torch.arange(32)) % adapters
         if base:
             slots[-3:] = -1
         inputs = make_bank(shape, sizes * (32 // len(sizes)), slots)
@@ -302,3 +302,16 @@ def test_the_number_of_operations_is_that_of_group_sizes(sizes, base, shape) -> 
     # A step of decoding with one group size: this many is what "small" means.
     most = 14 + 18 * (len(sizes) - 1) + 6 * base
     assert counts[0] <= most
+
+
+@pytest.mark.parametrize("slots", [[0, 1, 2, 3], [2, 3, 4, 5], [3, 3, 3, 3]], ids=str)
+def test_slots_that_follow_in_order_are_read_in_place(slots: list[int]) -> None:
+    inputs = make_bank((4, 1, 20), [4] * 8, torch.tensor(slots))
+    gathering = make_bank((4, 1, 20), [4] * 8, torch.tensor([3, 1, 0, 2]))
+    counts = []
+    for case in (inputs, gathering):
+        with torch.no_grad(), _Count() as count:
+            y = rotate_by_slot(*case[:4])
+        counts.append(count.calls)
+        assert_close(y, rotate_by_slot_reference(*case[:4]))
+    assert counts[0] <= counts[1]
