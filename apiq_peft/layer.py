@@ -30,6 +30,12 @@ class ApiQLinear(lora.Linear):
         super().__init__(base_layer, adapter_name, **kwargs)
         self.quantization_backend = ForwardOnlyQuantizationBackend("apiq")
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight of the base, written out; some models ask for its dtype."""
+        base: Any = self.get_base_layer()
+        return base.weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse.
 
@@ -70,4 +76,4 @@ def pack_layer(module: nn.Module, bits: int, group_size: int, scheme: str) -> Pa
     PackedLinear(weight.shape[1], weight.shape[0], bits, group_size, device="meta")  # sizes fit?
     quantizer = Quantizer(weight, bits, group_size, scheme).to(weight.device)
     bias: Any = module.bias
-    return PackedLinear.from_codes(quantizer.codes(weight), bits, bias)
+    return PackedLinear.from_codes(quantizer.codes(weight), bits, bias, weight.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
             )
         groups = 1 if group_size == -1 else in_features // group_size
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size = in_features // groups
+        self.group_size, self.dtype = in_features // groups, dtype
         words = {
             "qweight": (in_features * bits // RUN, out_features),
             "qzeros": (groups, out_features * bits // RUN),
@@ -67,11 +67,12 @@ class PackedLinear(nn.Module):
         )
 
     @classmethod
-    def from_codes(cls, codes: Codes, bits: int, bias: Tensor | None) -> PackedLinear:
-        """Pack a quantised weight."""
+    def from_codes(
+        cls, codes: Codes, bits: int, bias: Tensor | None, dtype: torch.dtype = torch.float32
+    ) -> PackedLinear:
+        """Pack a quantised weight; `dtype` is that of the model."""
         (N, K), groups = codes.codes.shape, codes.scales.shape[1]
-        like: Any = {} if bias is None else {"bias": True, "dtype": bias.dtype}
-        layer = cls(K, N, bits, K // groups, device="meta", **like)
+        layer = cls(K, N, bits, K // groups, bias is not None, dtype, device="meta")
         layer.qweight = pack(codes.codes.t(), bits)
         layer.qzeros = pack(codes.zeros.t(), bits, dim=1)
         layer.scales = codes.scales.t().contiguous()
@@ -101,6 +102,20 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return packed_linear(x, self.qweight, self.qzeros, self.scales, bias, self.bits)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K) in the dtype of the model, written out anew each time; frozen."""
+        return self.dequantize(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # `model.half()` and the like set the dtype of the model; scales keep theirs, and all bits
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.dtype = self.scales.dtype
+            self.scales = scales.to(self.scales.device)
+        return self
 
     @property
     def bits_per_weight(self) -> float:

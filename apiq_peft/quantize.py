@@ -46,6 +46,8 @@ def quantize(
     result = calibrate(
         model, batches, config, settings, Path(folder) if folder else None, show_progress
     )
+    if config.target_modules == "all-linear":
+        config.target_modules = sorted(result.solutions)
     peft_model = get_peft_model(model, config)
     tuner: Any = peft_model.base_model
     layers = dict(tuner.model.named_modules())

@@ -240,7 +240,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             return self._rotate_rows(x, result, route)
         active = self._present(self.active_adapters)
         for name in active:
-            first, second = self.coefficients(name, result.dtype)
+            first, second = self._kept_coefficients(name, result.dtype)
             result = rotate(
                 result, first, second, self.group_size[name], recompute=self.recompute[name]
             )
@@ -248,6 +248,15 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             if name in self.road_lora_A:
                 result = result + self._delta(name, x).to(result.dtype)
         return result
+
+    def _kept_coefficients(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kept = self.routing.kept
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.coefficients(name, dtype)
+        key = (self, name, dtype)
+        if key not in kept:
+            kept[key] = self.coefficients(name, dtype)
+        return kept[key]
 
     def _rotate_rows(self, x: Tensor, result: Tensor, route: Route) -> Tensor:
         """Rotate every row by the adapter of its slot; rows without one come back bit for bit."""

@@ -312,6 +312,11 @@ class RoadModel(upstream.RoadModel):
         with route_rows(self.model, self.routing, rows):
             yield
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the base model does, with the coefficients of adapters computed once."""
+        with self.routing.keep():
+            return self.model.generate(*args, **kwargs)
+
     def generate_batch(
         self, inputs: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Any:

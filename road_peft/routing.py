@@ -40,11 +40,14 @@ class Route(Protocol):
 class Routing(threading.local):
     """The route in force, one for each thread; all layers of a model share one of these.
 
-    No route means that every row takes the active adapters. A copy or a pickle is a fresh one.
+    No route means that every row takes the active adapters. `kept` holds their coefficients while
+    these cannot change, so that a step of generation need not compute them again. A copy or a
+    pickle is a fresh one.
     """
 
     def __init__(self) -> None:  # again in each thread; a graph looks for instance attributes
         self.current: Route | None = None
+        self.kept: dict[Any, tuple[Tensor, Tensor]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -58,3 +61,13 @@ class Routing(threading.local):
             yield
         finally:
             self.current = before
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Keep coefficients that were computed without gradients until the end."""
+        before = self.kept
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = before

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from road_peft.config import RoadConfig
@@ -38,7 +39,11 @@ def wrap(target: nn.Module, parameter_name: str | None = None, **backend_kwargs:
         return RoadEmbedding(target, *_sizes(target), feature_dim=1, **backend_kwargs)
     if _is_linear(target, **backend_kwargs):
         feature_dim = 1 if isinstance(target, Conv1D) else 0
-        return RoadLinear(target, *_sizes(target), feature_dim=feature_dim, **backend_kwargs)
+        layer = RoadLinear(target, *_sizes(target), feature_dim=feature_dim, **backend_kwargs)
+        if layer.quantization_backend is None and isinstance(target, LinearLike):
+            name = type(target).__name__
+            layer.quantization_backend = ForwardOnlyQuantizationBackend(name)
+        return layer
     raise ValueError(
         f"Target module {target} is not supported. Currently, only the following modules are"
         " supported: `torch.nn.Linear`. Also `torch.nn.Embedding`, `Conv1D` of transformers, and"
@@ -63,8 +68,20 @@ def _sizes(base: nn.Module) -> tuple[int, int]:
     return in_features, out_features
 
 
+@runtime_checkable
+class LinearLike(Protocol):
+    """A frozen linear layer of another library: its outputs can be rotated, it cannot be merged."""
+
+    in_features: int
+    out_features: int
+
+    def dequantize(self) -> Tensor:
+        """Give the weight (out_features, in_features)."""
+        ...
+
+
 def _is_linear(base: nn.Module, **backend_kwargs: Any) -> bool:
-    if isinstance(base, nn.Linear | Conv1D):
+    if isinstance(base, nn.Linear | Conv1D | LinearLike):
         return True
     backend = resolve_quantization_backend(base, **backend_kwargs)
     return backend is not None and backend.layer_type == "linear"

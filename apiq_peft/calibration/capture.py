@@ -24,7 +24,19 @@ class Call:
 
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
         """Give the states that `block` makes of `states`, whether it returns them bare or first."""
-        return first_of(block(states, *self.args, **self.kwargs))
+        args, kwargs = _in_dtype((self.args, self.kwargs), states.dtype)
+        return first_of(block(states, *args, **kwargs))
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Give masks and position embeddings in the dtype that a block computes in."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_in_dtype(v, dtype) for v in value)
+    if isinstance(value, dict):
+        return {name: _in_dtype(v, dtype) for name, v in value.items()}
+    return value
 
 
 def first_of(output: Any) -> Tensor:

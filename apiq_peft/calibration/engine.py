@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,8 @@ from apiq_peft.calibration.student import Grid, Solution, StudentLinear, make_st
 from apiq_peft.config import ApiQConfig
 from apiq_peft.layer import weight_of
 from apiq_peft.packed import PackedLinear
+
+_NUMBERED = re.compile(r"\.\d+\.")  # inside a block
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,11 @@ def target_names(model: nn.Module, config: ApiQConfig) -> list[str]:
     Raises:
         ValueError: there is none, or one is no linear layer.
     """
+    wildcard = config.target_modules == "all-linear"
     config = _maybe_include_all_linear_layers(config, model)
     names = [n for n, _ in model.named_modules() if n and check_target_module_exists(config, n)]
+    if wildcard:  # poolers and heads, which only single tokens reach, have no block
+        names = [n for n in names if _NUMBERED.search(n)]
     if not names:
         raise ValueError(f"target_modules {config.target_modules!r} match no module of the model")
     for name in names:
@@ -266,7 +272,8 @@ class _Run:
         for n, solution in found.items():
             parent, _, child = n.rpartition(".")
             bias = block.get_submodule(n).bias
-            packed = PackedLinear.from_codes(solution.codes, grids[n].bits, bias)  # type: ignore[arg-type]
+            dtype = block.get_submodule(n).weight.dtype
+            packed = PackedLinear.from_codes(solution.codes, grids[n].bits, bias, dtype)  # type: ignore[arg-type]
             setattr(block.get_submodule(parent), child, packed.to(self.device))
             self.result.solutions[prefix + n] = solution
 

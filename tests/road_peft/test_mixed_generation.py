@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
+from road_peft import RoadLayer
 from tests.road_peft._models import (
     call_silently,
     no_hooks,
@@ -243,3 +244,26 @@ def test_names_with_repetition_penalties_and_stop_tokens() -> None:
         length = alone.shape[1]
         assert torch.equal(mixed[i, :length], alone[0])
         assert (mixed[i, length:] == 1).all()
+
+
+def test_a_generation_computes_the_coefficients_of_active_adapters_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mixed_model("llama")
+    model.set_adapter("c")
+    calls: list[str] = []
+    compute = RoadLayer.coefficients
+
+    def counted(layer: RoadLayer, name: str, *rest: Any) -> Any:
+        calls.append(layer.module_name)
+        return compute(layer, name, *rest)
+
+    monkeypatch.setattr(RoadLayer, "coefficients", counted)
+    first = model.generate(tokens_for_rows(2), max_new_tokens=6, do_sample=False)
+    assert len(calls) == len(set(calls))
+    for parameter in (p for n, p in model.named_parameters() if "road_alpha.c" in n):
+        parameter.data.mul_(-3)  # which no version counter notices
+    second = model.generate(tokens_for_rows(2), max_new_tokens=6, do_sample=False)
+    assert len(calls) == 2 * len(set(calls))
+    assert first.shape == second.shape
+    assert model.base_model.routing.kept is None

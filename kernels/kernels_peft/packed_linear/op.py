@@ -147,7 +147,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
-        grad.flatten(0, -2).sum(0) if wants_bias else None,
+        grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None,
         None,
     )
 
