@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class ApiQLinear(lora.Linear):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
+        with warnings.catch_warnings():  # PEFT finds the sizes, and warns that it does not know why
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            super().__init__(base_layer, adapter_name, **kwargs)
         self.quantization_backend = ForwardOnlyQuantizationBackend("apiq")
 
     @property

@@ -303,7 +303,8 @@ class RoadModel(upstream.RoadModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
-            yield
+            with self.routing.keep():  # for the steps of a generation
+                yield
             return
         self._check_names(adapter_names)
         rows = Rows(adapter_names, repeats_of(self.model, args, kwargs))
@@ -311,11 +312,6 @@ class RoadModel(upstream.RoadModel):
             rows.note_shape(self.model, args, kwargs)
         with route_rows(self.model, self.routing, rows):
             yield
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the base model does, with the coefficients of adapters computed once."""
-        with self.routing.keep():
-            return self.model.generate(*args, **kwargs)
 
     def generate_batch(
         self, inputs: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
