@@ -34,7 +34,7 @@ test-oldest:
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	@.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST) -e ".[bench]" \
 		pytest pytest-xdist hypothesis
-	@.venv-oldest/bin/python -m pytest tests/road_peft tests/kernels_peft -n $(XDIST) --dist loadfile
+	@.venv-oldest/bin/python -m pytest tests/road_peft tests/apiq_peft tests/kernels_peft -n $(XDIST) --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
