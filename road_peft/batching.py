@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -128,6 +129,11 @@ class AdapterBatching:
             raise ValueError(
                 f"{type(model).__name__} cannot generate by continuous batching; give a causal"
                 " language model of transformers"
+            )
+        if not hasattr(ContinuousBatchingConfig, "page_size"):
+            raise ValueError(
+                f"transformers {transformers.__version__} does not tell how much its cache holds;"
+                " continuous batching with adapters is tested with 5.23, install that"
             )
         if getattr(model, "_cached_continuous_batching_manager", None) is not None:
             raise ValueError(  # it does not know of adapters, and shares blocks

@@ -28,6 +28,9 @@ from tests.road_peft._banks import bank_of, configs_of, loaded, prompts, sources
 from tests.road_peft._models import VOCABULARY, Mlp, call_silently, tiny, with_adapters
 from tests.road_peft._rows import BASE, configs, only
 
+if not hasattr(ContinuousBatchingConfig, "page_size"):
+    pytest.skip("needs a newer transformers", allow_module_level=True)
+
 NAMES = ["a", BASE, "e", "c", "a", "d"]
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=4, eos_token_id=-1, pad_token_id=1)
 
@@ -404,3 +407,11 @@ def test_an_adapter_that_has_no_layer_somewhere_is_the_base_there() -> None:
     names = ["a", "b", BASE]
     inputs = prompts(3)
     assert batch(model, inputs, names) == one_by_one(model, inputs, names)
+
+
+def test_a_transformers_that_hides_the_size_of_its_cache_is_refused(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ContinuousBatchingConfig, "page_size")
+    with pytest.raises(ValueError, match="continuous batching with adapters is tested with 5.23"):
+        batch(llama, prompts(1), ["a"])

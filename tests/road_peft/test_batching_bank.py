@@ -35,6 +35,9 @@ from tests.road_peft._models import VOCABULARY, call_silently, randomize, tiny
 from tests.road_peft._rows import BASE
 from tests.road_peft._served import GREEDY, LENGTH, PATIENCE, SMALL, Served, results, tokens_of
 
+if not hasattr(ContinuousBatchingConfig, "page_size"):
+    pytest.skip("needs a newer transformers", allow_module_level=True)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _frozen() -> Iterator[None]:
