@@ -413,5 +413,5 @@ def test_a_transformers_that_hides_the_size_of_its_cache_is_refused(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(ContinuousBatchingConfig, "page_size")
-    with pytest.raises(ValueError, match="continuous batching with adapters is tested with 5.23"):
+    with pytest.raises(ValueError, match=r"continuous batching with adapters is tested with 5\.23"):
         batch(llama, prompts(1), ["a"])
