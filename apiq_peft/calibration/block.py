@@ -170,8 +170,9 @@ def _solve_groups(work: Work, groups: list[list[str]]) -> None:
                 )
             ranks = {name: layer.grid.rank for name, layer in layers.items()}
             for name, (a, b) in moments.solve(ranks).items():
-                layers[name].lora_A.copy_(a)
-                layers[name].lora_B.copy_(b / layers[name].grid.scale)
+                layer = layers[name]
+                layer.lora_A.zero_()[: len(a)] = a  # fewer rows than asked for in a narrow layer
+                layer.lora_B.zero_()[:, : len(a)] = b / layer.grid.scale
 
 
 @contextmanager

@@ -208,6 +208,13 @@ def test_the_closed_form_is_the_least_error_of_its_rank() -> None:
         assert left(a + 0.01 * torch.randn_like(a), b + 0.01 * torch.randn_like(b)) > best
 
 
+def test_a_rank_above_the_width_of_a_layer_is_filled_up() -> None:
+    _, reports = quantize(
+        tiny(), tokens(4), config(r=100, lora_alpha=100), preset("fast"), show_progress=False
+    )
+    assert all(report.error_after < report.error_before for report in reports)
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
