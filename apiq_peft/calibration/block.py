@@ -58,6 +58,11 @@ class Work:
         states = self.quantized.get(batch, self.device, self.dtype)
         return self.quantized_calls[batch].run(self.student, states)
 
+    @torch.no_grad()
+    def answer(self, batch: int) -> Tensor:
+        """Give the same without gradients."""
+        return self.learn(batch)
+
 
 class _SeenError(Exception):
     """Raised to leave a block once the input of a layer was seen."""
@@ -74,9 +79,7 @@ def calibrate_block(
     `targets` holds the output of the full-precision block for every batch; `augmented`, if there is
     that term in the loss, its output on the quantised input.
     """
-    for layer in work.layers.values():
-        layer.full = False
-    groups = groups_of(work.student, dict(work.layers), lambda: _without_grad(work.learn, 0))
+    groups = groups_of(work.student, dict(work.layers), lambda: work.answer(0))
     if work.settings.closed_form == "start":
         _solve_groups(work, groups)
     losses: dict[str, list[float]] = {}
@@ -98,11 +101,6 @@ def calibrate_block(
     if work.settings.closed_form == "refit":
         _solve_groups(work, groups)
     return losses
-
-
-def _without_grad(run: Callable[[int], Tensor], batch: int) -> Tensor:
-    with torch.no_grad():
-        return run(batch)
 
 
 def _block_loss(

@@ -236,7 +236,7 @@ class _Run:
                 layers[n].take(solution)
             after = _errors(work, target)
             for batch in range(len(full_calls)):
-                quantized.put(batch, _forward(work, batch))
+                quantized.put(batch, work.answer(batch))
         self._install(prefix, block, found or {}, grids)
         self.result.reports.append(
             BlockReport(
@@ -278,11 +278,6 @@ class _Run:
             self.result.solutions[prefix + n] = solution
 
 
-def _forward(work: Work, batch: int) -> Tensor:
-    with torch.no_grad():
-        return work.learn(batch)
-
-
 @torch.no_grad()
 def _errors(work: Work, targets: Activations) -> dict[str, float]:
     """Give the relative error of the student's output on the first batch, and of each layer's."""
@@ -295,17 +290,12 @@ def _errors(work: Work, targets: Activations) -> dict[str, float]:
                 outputs[full][name] = y.float()
 
             handles.append(module.register_forward_hook(note))
-    states = [layer.full for layer in work.layers.values()]
     try:
-        for layer in work.layers.values():
-            layer.full = False
         work.teach(0)
-        output = work.learn(0).float()
+        output = work.answer(0).float()
     finally:
         for handle in handles:
             handle.remove()
-        for layer, state in zip(work.layers.values(), states, strict=True):
-            layer.full = state
     wanted = targets.get(0, work.device, torch.float32)
     errors = {"": float((output - wanted).norm() / wanted.norm())}
     for name, y in outputs[False].items():

@@ -43,8 +43,7 @@ class Solution:
 class StudentLinear(nn.Module):
     """y = x Q^T + bias + s (x A^T) B^T, where Q is the rounded weight; the weight is never trained.
 
-    With `full` it is the layer that it stands for. After `settle` it has the very weight that the
-    stored codes give.
+    After `settle` it has the very weight that the stored codes give.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class StudentLinear(nn.Module):
         super().__init__()
         weight = weight_of(module)
         assert weight is not None
-        self.grid, self.full = grid, True
+        self.grid = grid
         self.weight = weight.detach()
         self.bias: Any = module.bias
         self.settled: Tensor | None = None
@@ -70,8 +69,6 @@ class StudentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.full:
-            return F.linear(x, self.weight.to(x.dtype), bias)
         y = F.linear(x, self.rounded().to(x.dtype), bias)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return y + self.grid.scale * F.linear(F.linear(x, a), b)
@@ -103,7 +100,6 @@ class StudentLinear(nn.Module):
         ):
             parameter.copy_(value)
         self.settled = solution.codes.dequantize().to(self.lora_A.device)
-        self.full = False
 
 
 def make_student(
