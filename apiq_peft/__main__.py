@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from apiq_peft.calibration import PRESETS, BlockReport, Calibration, Calibration
 from apiq_peft.checkpoint import dequantize, packed_layers
 from apiq_peft.config import ApiQConfig
 from apiq_peft.evaluation import perplexity, size_of
-from apiq_peft.export import export_lora
+from apiq_peft.export import export_lora, save_whole
 from apiq_peft.quantize import quantize
 from apiq_peft.quantizer import SCHEMES
 from kernels_peft.packing import FORMATS
@@ -139,7 +138,7 @@ def _quantize(options: argparse.Namespace) -> int:
     samples = tokens[:wanted].view(options.samples, options.length)
     peft_model, reports = quantize(model, samples, config, settings, folder=options.out / "blocks")
     base = peft_model.get_base_model()
-    _save_whole(options.out / ADAPTER, lambda to: _save_adapter(peft_model, to, options.out))
+    save_whole(options.out / ADAPTER, lambda to: _save_adapter(peft_model, to, options.out))
     _write_report(options.out / "report.csv", reports)
     del base
     bare = peft_model.unload()
@@ -149,7 +148,7 @@ def _quantize(options: argparse.Namespace) -> int:
         bare.save_pretrained(to)
         tokenizer.save_pretrained(to)
 
-    _save_whole(options.out / BASE, save_base)
+    save_whole(options.out / BASE, save_base)
     shutil.rmtree(options.out / "blocks")
     _show(reports)
     return 0
@@ -194,7 +193,7 @@ def _export(options: argparse.Namespace) -> int:
         bare.to(getattr(torch, options.dtype)).save_pretrained(to / BASE)
         AutoTokenizer.from_pretrained(options.model / BASE).save_pretrained(to / BASE)
 
-    _save_whole(options.out, save)
+    save_whole(options.out, save)
     return 0
 
 
@@ -228,21 +227,6 @@ def _tokens(model: str, text: Path) -> Tensor:
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is not UTF-8 text ({error})") from error
     return tokenizer(content, add_special_tokens=False, return_tensors="pt").input_ids[0]
-
-
-def _save_whole(folder: Path, save: Any) -> None:
-    """Make a folder that appears when it is complete."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists; choose a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
-    try:
-        save(part)
-        part.chmod(0o755)
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write_report(path: Path, reports: Sequence[BlockReport]) -> None:

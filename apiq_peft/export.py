@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ def export_lora(
             f"adapter {adapter_name!r} is no ApiQ adapter of this model; it has"
             f" {', '.join(model.peft_config)}"
         )
-    if target.exists():
-        raise ValueError(f"{target} exists; choose a new folder")
     own = {f.name for f in fields(ApiQConfig)} - {f.name for f in fields(LoraConfig)}
     values: dict[str, Any] = {k: v for k, v in config.to_dict().items() if k not in own}
     values |= {"peft_type": "LORA", "inference_mode": True}
@@ -46,15 +45,30 @@ def export_lora(
         if isinstance(value, set):
             values[name] = sorted(value)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=target.name, suffix=".part", dir=target.parent))
-    try:
+
+    def save(part: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, part / "adapter_model.safetensors", {"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(values, indent=2, sort_keys=True))
+
+    save_whole(target, save)
+    return target
+
+
+def save_whole(folder: Path, save: Callable[[Path], None]) -> None:
+    """Make a folder that appears when `save` has filled it, or not at all.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists; choose a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
+    try:
+        save(part)
         part.chmod(0o755)
-        os.replace(part, target)
+        os.replace(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return target

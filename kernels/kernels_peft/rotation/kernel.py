@@ -43,7 +43,7 @@ BACKWARD_TILES = (
 )
 # Fixed here because the default of the compiler changes between its versions.
 FP_FUSION = True
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rotate_triton(x: Tensor, first: Tensor, second: Tensor, group_size: int) -> Tensor:
@@ -52,12 +52,12 @@ def rotate_triton(x: Tensor, first: Tensor, second: Tensor, group_size: int) -> 
     Shapes:
         x: (..., d). first, second: (n,), n <= d. Returns (..., d), contiguous, the dtype of x.
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return rotate_blocked(x, first, second, group_size)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out
-    rows, n = _rows(x), first.shape[0]
+    rows, n = as_rows(x), first.shape[0]
     M, width = rows.shape
     tile = _choose(FORWARD_TILES, M)
     blocks = _column_blocks(tile, n, width - n)
@@ -98,7 +98,7 @@ def rotate_backward_triton(
         coefficient gradient is asked for. Returns (..., d), (n,), (n,), the latter as `first`;
         what is not asked for comes back empty.
     """
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPES:
         return rotate_backward_blocked(
             grad, saved, first, second, group_size, saved_is_output, input_grad, coefficient_grad
         )
@@ -110,8 +110,8 @@ def rotate_backward_triton(
     partials = first.new_empty(2, chunks, n) if coefficient_grad else None
     blocks = _column_blocks(tile, n, width - n if input_grad else 0)
     if chunks * blocks and (input_grad or coefficient_grad):
-        rows = _rows(grad)
-        saved_rows = _rows(saved) if coefficient_grad else None
+        rows = as_rows(grad)
+        saved_rows = as_rows(saved) if coefficient_grad else None
         with torch.cuda.device_of(grad):
             _rotate_bwd_kernel[(chunks * blocks,)](
                 rows,
@@ -142,7 +142,7 @@ def rotate_backward_triton(
     return dx, partials[0].sum(0), partials[1].sum(0)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """View `tensor` as (rows, features) with unit last stride, copying only if it must."""
     rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

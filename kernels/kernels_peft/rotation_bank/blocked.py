@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32; a few such blocks fit in the last-level cache
+from kernels_peft.rotation.blocked import BLOCK_ELEMENTS
 
 
 class _Part(NamedTuple):

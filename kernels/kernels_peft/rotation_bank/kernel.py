@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels_peft.rotation.kernel import DTYPES, FP_FUSION, as_rows
 from kernels_peft.rotation_bank.blocked import (
     rotate_by_slot_backward_blocked,
     rotate_by_slot_blocked,
@@ -42,9 +43,6 @@ TABLE_TILES = ((0, Tile(tokens=4, pairs=256, warps=4)),)
 # not below a number of tokens for each, as a split costs 16 bytes a pair for its partial sums.
 PROGRAMS = 1024
 LEAST_TOKENS = 16
-# Fixed here because the default of the compiler changes between its versions.
-FP_FUSION = True
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def rotate_by_slot_triton(
@@ -57,12 +55,12 @@ def rotate_by_slot_triton(
         (*rows, ..., d), contiguous, the dtype of x. A slot of S or more, and an odd or negative
         group size, stand for no rotation.
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return rotate_by_slot_blocked(x, table, group_sizes, slots, transposed)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0 or table.shape[0] == 0:
         return out.copy_(x)
-    rows = _rows(x)
+    rows = as_rows(x)
     M, width = rows.shape
     tile = _choose(FORWARD_TILES, M)
     blocks = triton.cdiv(width, 2 * tile.pairs)
@@ -102,7 +100,7 @@ def rotate_by_slot_backward_triton(
         grad: (*rows, ..., d). x: alike, or (0,) if the gradient of the table is not asked for.
         Returns (*rows, ..., d) and (S, 2, d), float32; what is not asked for comes back empty.
     """
-    if grad.dtype not in _DTYPES:
+    if grad.dtype not in DTYPES:
         return rotate_by_slot_backward_blocked(
             grad, x, table, group_sizes, slots, input_grad, table_grad
         )
@@ -118,7 +116,7 @@ def _table_gradient(grad: Tensor, x: Tensor, group_sizes: Tensor, slots: Tensor)
     S, width = group_sizes.shape[0], grad.shape[-1]
     if grad.numel() == 0 or S == 0:
         return grad.new_zeros((S, 2, width), dtype=torch.float32)
-    g_rows, x_rows = _rows(grad), _rows(x)
+    g_rows, x_rows = as_rows(grad), as_rows(x)
     M = g_rows.shape[0]
     # Sorted, the rows of a slot lie side by side. A stable sort keeps the order of the sums.
     by_slot, order = slots.flatten().sort(stable=True)
@@ -147,12 +145,6 @@ def _table_gradient(grad: Tensor, x: Tensor, group_sizes: Tensor, slots: Tensor)
             enable_fp_fusion=FP_FUSION,
         )
     return partials.sum(1)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """View `tensor` as (tokens, features) with unit last stride, copying only if it must."""
-    rows = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _choose(tiles: tuple[tuple[int, Tile], ...], tokens: int) -> Tile:
