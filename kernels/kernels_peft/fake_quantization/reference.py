@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def fake_quantize_reference(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def fake_quantize_reference(
+    weight: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Give the values that `weight` has after rounding to a grid of 2**bits levels.
 
     A group of g consecutive inputs shares a scale s and a zero point z:
@@ -15,7 +18,7 @@ def fake_quantize_reference(weight: Tensor, scale: Tensor, zero: Tensor, bits: i
 
     Shapes:
         weight: (N, K), any float dtype. scale, zero: (N, K / g), float32 (float64 if weight is);
-        zero holds whole numbers. Returns (N, K), the dtype of weight.
+        zero holds whole numbers. Returns (N, K) in `dtype`, or else the dtype of weight.
     Source:
         ApiQ (arXiv:2402.05147), the quantiser of OmniQuant (arXiv:2308.13137).
     """
@@ -24,4 +27,4 @@ def fake_quantize_reference(weight: Tensor, scale: Tensor, zero: Tensor, bits: i
     ratio = groups / scale
     rounded = ratio + (ratio.round() - ratio).detach()
     codes = (rounded + zero).clamp(0, 2**bits - 1)
-    return ((codes - zero) * scale).flatten(-2).to(weight.dtype)
+    return ((codes - zero) * scale).flatten(-2).to(dtype or weight.dtype)
