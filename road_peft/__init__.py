@@ -11,6 +11,12 @@ from road_peft.batching import AdapterBatching
 from road_peft.config import RoadConfig
 from road_peft.diagnostics import LayerReport, inspect_adapter
 from road_peft.hotswap import hotswap_adapter
+from road_peft.interventions import (
+    Interventions,
+    RoadInterventionConfig,
+    RoadInterventionModel,
+    SubspaceCollator,
+)
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.leases import BankFullError, BankMemory, Lease, UnknownAdapterError
 from road_peft.model import RoadModel
@@ -21,15 +27,19 @@ __all__ = [
     "AdapterBatching",
     "BankFullError",
     "BankMemory",
+    "Interventions",
     "LayerReport",
     "Lease",
     "Preset",
     "RoadBank",
     "RoadConfig",
     "RoadEmbedding",
+    "RoadInterventionConfig",
+    "RoadInterventionModel",
     "RoadLayer",
     "RoadLinear",
     "RoadModel",
+    "SubspaceCollator",
     "UnknownAdapterError",
     "hotswap_adapter",
     "inspect_adapter",

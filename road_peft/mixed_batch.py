@@ -171,7 +171,10 @@ class _Followers:
         with _BINDING:
             for module, name in self.checkpoints:
                 function = vars(module)[name]
-                if not isinstance(function, _Checkpoint):
+                if not (
+                    isinstance(function, _Checkpoint)
+                    and function.followers.routing is self.routing  # else what it follows is other
+                ):
                     function = vars(module)[name] = _Checkpoint(function, self)
                 function.users += 1
                 held.append((module, name, function))

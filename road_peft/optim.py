@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from road_peft.interventions import Site
 from road_peft.layer import RoadLayer
 
 _NOT_DECAYED = ("road_theta", "road_alpha")
@@ -82,23 +84,30 @@ def warn_of_decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> N
         if group.get("weight_decay")
         for p in group["params"]
     }
-    layers = list(RoadLayer.instances) if decayed else []
-    if any(id(p) in decayed for layer in layers for p in layer.road_alpha.values()):
+    if decayed and any(id(p) in decayed for p in _scales()):
         warnings.warn(
-            "this optimizer applies weight decay to road_alpha, which pulls the scales towards 0"
-            " instead of 1; set weight_decay=0 or use road_peft.road_parameter_groups",
+            "this optimizer applies weight decay to road_alpha, or alpha of an intervention, which"
+            " pulls the scales towards 0 instead of 1; set weight_decay=0 or use"
+            " road_peft.road_parameter_groups",
             stacklevel=3,
         )
 
 
+def _scales() -> Iterator[nn.Parameter]:
+    for layer in list(RoadLayer.instances):
+        yield from layer.road_alpha.values()
+    for site in list(Site.instances):
+        yield from site.alpha
+
+
 def _undecayed(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        parameter
-        for layer in model.modules()
-        if isinstance(layer, RoadLayer)
-        for name in _NOT_DECAYED
-        for parameter in getattr(layer, name).values()
-    ]
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, RoadLayer):
+            found += [p for name in _NOT_DECAYED for p in getattr(module, name).values()]
+        elif isinstance(module, Site):
+            found += module.parameters()
+    return found
 
 
 def watch_optimizers() -> Any:
