@@ -1,4 +1,4 @@
-"""Load a saved adapter, or say in a sentence why it does not fit; merge it and compare."""
+"""Load a saved adapter, or say in a sentence why it does not fit; merge it; compare logits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from recipes_peft.errors import UserError, explained
 
-__all__ = ["load_adapter", "merge"]
+__all__ = ["load_adapter", "merge", "record", "recorded_difference"]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -51,3 +52,29 @@ def merge(adapted: Any, batches: Sequence[dict[str, Any]]) -> tuple[Any, float]:
     scale = max(logits.abs().max().item() for logits in before)
     worst = max((a - b).abs().max().item() for a, b in zip(before, after, strict=True))
     return merged, worst / scale
+
+
+@torch.no_grad()
+def record(model: Any, ids: list[int], file: Path) -> None:
+    """Write a few token ids and the model's logits for them, for `recorded_difference`."""
+    inputs = torch.tensor([ids])
+    logits = model.eval()(input_ids=inputs.to(model.device)).logits
+    save_file({"ids": inputs, "logits": logits.float().cpu().contiguous()}, file)
+
+
+@torch.no_grad()
+def recorded_difference(model: Any, file: Path) -> float:
+    """Give how far the model's logits are from those recorded, relative to the largest of them.
+
+    Raises:
+        UserError: the file cannot be read, or its logits are of another vocabulary.
+    """
+    with explained(OSError, SafetensorError, before=f"cannot read the logits {file}: "):
+        found = load_file(file)
+    logits = model.eval()(input_ids=found["ids"].to(model.device)).logits.float().cpu()
+    if logits.shape != found["logits"].shape:
+        raise UserError(
+            f"{file} holds logits of shape {tuple(found['logits'].shape)}, the model gives"
+            f" {tuple(logits.shape)}; give the model that they were recorded from"
+        )
+    return ((logits - found["logits"]).abs().max() / found["logits"].abs().max()).item()

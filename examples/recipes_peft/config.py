@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,7 +19,7 @@ import yaml
 
 from recipes_peft.errors import UserError
 
-__all__ = ["load"]
+__all__ = ["check", "load"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,8 @@ def load(settings: type[T], default: Path, argv: Sequence[str], description: str
     parser = _Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", type=Path, help="file of settings", default=default)
     for name in sections:
-        parser.add_argument(f"--{name}", action="store_true", help=f"apply `{name}:` of the file")
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, action="store_true", help=f"apply `{name}:` of the file")
     for field in fields(settings):  # type: ignore[arg-type]
         option = f"--{field.name.replace('_', '-')}"
         nargs = "+" if list in _origins(hints[field.name]) else None
@@ -72,6 +73,26 @@ def load(settings: type[T], default: Path, argv: Sequence[str], description: str
         if name in known
     }
     return settings(**made)
+
+
+def check(
+    settings: Any, zero: Sequence[str] = (), choices: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Refuse numbers that are not above zero, and words that are not among those to choose from.
+
+    Raises:
+        UserError: such a value; fields named in `zero` may be zero as well.
+    """
+    for name, value in vars(settings).items():
+        least = 0 if name in zero else 1e-12
+        if isinstance(value, int | float) and value < least:
+            allowed = "zero or above" if name in zero else "above zero"
+            raise UserError(f"{name} is {value}; it must be {allowed}")
+    for name, known in (choices or {}).items():
+        given = getattr(settings, name)
+        for word in [given] if isinstance(given, str) else given:
+            if word not in known:
+                raise UserError(f"{name} is {word!r}; choose from {', '.join(known)}")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Example:
     group: str
     instruction: str = ""
     raw: bool = False  # the prompt is plain text to continue, without a template
+    label: str = ""  # the bare result, where the answer explains it
 
 
 class Encoded(NamedTuple):
@@ -49,12 +50,13 @@ class Encoded(NamedTuple):
     answer: list[int]
 
 
-def read(path: Path) -> list[Example]:
-    """Read examples from a file.
+def read(path: Path, instruction: str = "") -> list[Example]:
+    """Read examples from a file; `instruction` is for those that have none of their own.
 
-    `.jsonl`, a JSON object per line, or `.json`, a list of them: `prompt` and `answer`, or
-    `instruction`, `output` and perhaps `input`. Any other file is plain text: paragraphs between
-    blank lines, each to be continued from its middle.
+    `.jsonl`, a JSON object per line, or `.json`, a list of them: `prompt` and `answer`; or
+    `instruction`, `output`, perhaps `input`, and perhaps the bare result as `answer`; or GSM8K's
+    `question` and `answer`, whose `####` becomes words. Any other file is plain text: paragraphs
+    between blank lines, each to be continued from its middle.
 
     Raises:
         UserError: the file cannot be read, is empty, or a row lacks a field; names file and line.
@@ -88,7 +90,8 @@ def read(path: Path) -> list[Example]:
         return found
     if not rows:
         raise UserError(f"{path} is empty; give a line such as {{'prompt': '..', 'answer': '..'}}")
-    return [_row(row, where) for where, row in rows]
+    made = [_row(row, where) for where, row in rows]
+    return [replace(e, instruction=e.instruction or instruction) for e in made]
 
 
 def _json(text: str, where: str) -> Any:
@@ -106,18 +109,24 @@ def _row(row: Any, where: str) -> Example:
         value = row.get(key) if isinstance(row, dict) else None
         return value if isinstance(value, str) and value.strip() else None
 
-    prompt, answer = text("prompt") or text("instruction"), text("answer") or text("output")
+    prompt = text("prompt") or text("question") or text("instruction")
+    answer, label = text("answer") or text("output"), ""
     if isinstance(row, dict) and text("instruction"):
         # Collections with these names use `answer` for the bare label.
-        answer = text("output")
+        answer, label = text("output"), text("answer") or ""
+    elif answer and text("question"):
+        explained, mark, result = answer.rpartition("####")
+        if mark:
+            label = result.strip()
+            answer = f"{explained}The final answer is: {label}"
     if not prompt or not answer:
         raise UserError(
             f"{where} lacks a prompt or an answer; it needs the fields 'prompt' and 'answer', or"
             " 'instruction' and 'output', with text in them"
         )
     if extra := text("input"):
-        return Example(extra, answer, group=extra, instruction=prompt)
-    return Example(prompt, answer, group=prompt)
+        return Example(extra, answer, group=extra, instruction=prompt, label=label)
+    return Example(prompt, answer, group=prompt, label=label)
 
 
 def _paragraph(text: str) -> Example | None:

@@ -1,4 +1,4 @@
-"""Train an adapter with AdamW on a linear schedule, and measure a model on what was held out.
+"""Train an adapter with AdamW, and measure a model on what was held out.
 
 Runs on one device or under `accelerate launch`. The adapter is whatever has a gradient.
 """
@@ -6,8 +6,8 @@ Runs on one device or under `accelerate launch`. The adapter is whatever has a g
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,25 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
 from recipes_peft.data import Encoded, batches, collate
+from recipes_peft.errors import UserError
 from recipes_peft.metrics import exact_match
 
 __all__ = ["Point", "Result", "Training", "generate", "held_out_loss", "measure", "to", "train"]
 
+# of the learning rate after the warmup: what transformers calls it
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: the same for every method but for the learning rate."""
+    """How to train: the same for every method but for the learning rate.
+
+    Raises:
+        UserError: there is no such schedule.
+    """
 
     steps: int
     batch_size: int  # examples per step, over all processes
@@ -35,6 +43,18 @@ class Training:
     seed: int = 0  # of the order of the examples
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
+    schedule: str = "linear"  # of the learning rate, down to zero; or cosine, or constant
+    weight_decay: float = 0.0  # adapters that multiply must not be pulled towards zero
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule is {self.schedule!r}; choose from {', '.join(SCHEDULES)}")
+
+    @classmethod
+    def of(cls, settings: Any, steps: int) -> Training:
+        """Give the training of a recipe whose settings have fields of these names."""
+        names = {f.name for f in fields(cls)} - {"steps"}
+        return cls(steps, **{n: v for n, v in vars(settings).items() if n in names})
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,7 @@ class Result:
     """What a model does on the held-out set, and what it cost to get there."""
 
     held_out_loss: float
-    exact_match: float
+    exact_match: float | None  # None if nothing was generated
     answers: list[str]
     trained_parameters: int = 0
     seconds: float = 0.0
@@ -67,15 +87,14 @@ def train(
     tokenizer: Any,
     name: str,
 ) -> list[Point]:
-    """Train the parameters of `model` that have a gradient; show and return the losses.
-
-    Weight decay is 0: adapters that multiply must not be pulled towards zero.
-    """
+    """Train the parameters of `model` that have a gradient; show and return the losses."""
     pad = tokenizer.pad_token_id
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = torch.optim.AdamW(parameters, lr=how.learning_rate, weight_decay=0.0)
+    optimizer: Any = torch.optim.AdamW(
+        parameters, lr=how.learning_rate, weight_decay=how.weight_decay
+    )
     warmup = round(how.warmup * how.steps)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, how.steps)
+    schedule = get_scheduler(SCHEDULES[how.schedule], optimizer, warmup, how.steps)
     order = torch.Generator().manual_seed(how.seed)
     processes = accelerator.num_processes
     micro = max(1, min(how.micro_batch_size, how.batch_size // processes))
@@ -125,11 +144,20 @@ def measure(
     wanted: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
+    score: Callable[[Sequence[str], Sequence[str]], float] | None = exact_match,
+    loss: float | None = None,
 ) -> Result:
-    """Measure a model on held-out rows, whose answers as text are `wanted`."""
-    loss = held_out_loss(model, rows, batch_size, tokenizer.pad_token_id)
+    """Measure a model on held-out rows, whose answers as text are `wanted`.
+
+    `score` compares answers with what was wanted; without it nothing is generated. `loss` is the
+    held-out loss where it is known already.
+    """
+    if loss is None:
+        loss = held_out_loss(model, rows, batch_size, tokenizer.pad_token_id)
+    if score is None:
+        return Result(loss, None, [])
     answers = generate(model, tokenizer, rows, max_new_tokens, batch_size)
-    return Result(loss, exact_match(answers, wanted), answers)
+    return Result(loss, score(answers, wanted), answers)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Adapters reload and merge; one of another model is refused in a sentence."""
+"""Adapters reload and merge; one of another model is refused in a sentence; logits compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from recipes_peft import tiny
-from recipes_peft.adapters import load_adapter, merge
+from recipes_peft.adapters import load_adapter, merge, record, recorded_difference
 from recipes_peft.data import collate, encode
 from recipes_peft.errors import UserError
 
@@ -45,3 +45,16 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path: Path, saved: Path) -> 
     (saved / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot load the adapter: "):
         load_adapter(tiny.model(), saved)
+
+
+def test_recorded_logits_tell_one_model_from_another(tmp_path: Path, saved: Path) -> None:
+    file = tmp_path / "logits.safetensors"
+    record(tiny.model(), [5, 6, 7], file)
+    assert recorded_difference(tiny.model(), file) == 0.0
+    assert recorded_difference(load_adapter(tiny.model(), saved), file) > 1e-3
+    other = tiny.model()
+    other.resize_token_embeddings(300, mean_resizing=False)
+    with pytest.raises(UserError, match=r"shape \(1, 3, 257\), the model gives \(1, 3, 300\)"):
+        recorded_difference(other, file)
+    with pytest.raises(UserError, match="cannot read the logits"):
+        recorded_difference(tiny.model(), tmp_path / "nothing.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes_peft.config import load
+from recipes_peft.config import check, load
 from recipes_peft.errors import UserError
 
 
@@ -36,6 +36,26 @@ def test_the_command_line_wins_over_a_section_which_wins_over_the_file(tmp_path:
     assert read(tmp_path, FILE, "--smoke") == Settings("small", 1, 1e-3, None)
     given = read(tmp_path, FILE, "--smoke", "--steps", "9", "--rate", "2", "--words", "a", "b")
     assert given == Settings("small", 9, 2.0, ["a", "b"])
+
+
+def test_a_section_of_two_words_is_a_flag_with_a_hyphen(tmp_path: Path) -> None:
+    text = FILE.replace("smoke:", "a_paper:")
+    assert read(tmp_path, text, "--a-paper").steps == 1
+    assert read(tmp_path, text).steps == 5
+
+
+def test_values_are_checked_by_name() -> None:
+    check(Settings("one", 0, 0.5, ["a", "b"]), zero=["steps"], choices={"words": ("a", "b")})
+    check(Settings("one", None, 0.5, None))
+    for settings, said in (
+        (Settings("one", -1, 0.5, None), "steps is -1; it must be zero or above"),
+        (Settings("one", 1, 0.0, None), "rate is 0.0; it must be above zero"),
+        (Settings("two", 1, 0.5, None), "name is 'two'; choose from one"),
+    ):
+        with pytest.raises(UserError, match=f"^{said}$"):
+            check(settings, zero=["steps"], choices={"name": ("one",)})
+    with pytest.raises(UserError, match="words is 'c'; choose from a, b"):
+        check(Settings("one", 1, 0.5, ["a", "c"]), choices={"words": ("a", "b")})
 
 
 def test_another_file(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_json_lines_and_lists_of_both_kinds_of_fields(tmp_path: Path) -> None:
     ]
     wanted = [
         Example("a", "b", "a"),
-        Example("do", "c", "do"),
+        Example("do", "c", "do", label="label"),
         Example("this", "d", "this", instruction="do"),
     ]
     lines, whole = tmp_path / "x.jsonl", tmp_path / "x.json"
@@ -39,6 +39,26 @@ def test_json_lines_and_lists_of_both_kinds_of_fields(tmp_path: Path) -> None:
     whole.write_text(json.dumps(rows))
     assert read(lines) == wanted
     assert read(whole) == wanted
+
+
+def test_worked_answers_end_in_words_and_keep_their_result(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(
+        json.dumps({"question": "6 * 12?", "answer": "It is <<6*12=72>>72.\n#### 72"})
+        + "\n"
+        + json.dumps({"question": "why?", "answer": "because"})
+    )
+    worked, plain = read(file, "Think.")
+    assert worked.answer == "It is <<6*12=72>>72.\nThe final answer is: 72"
+    assert (worked.prompt, worked.label, worked.instruction) == ("6 * 12?", "72", "Think.")
+    assert (plain.answer, plain.label) == ("because", "")
+
+
+def test_an_instruction_is_for_those_without(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    own = {"instruction": "do", "input": "this", "output": "d"}
+    file.write_text(json.dumps([own, {"prompt": "a", "answer": "b"}]))
+    assert [e.instruction for e in read(file, "Else.")] == ["do", "Else."]
 
 
 def test_plain_text_is_continued_from_the_middle_of_a_paragraph(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from recipes_peft import tiny
 from recipes_peft.data import Encoded, Example, encode
+from recipes_peft.errors import UserError
 from recipes_peft.loop import Point, Training, generate, held_out_loss, measure, train
 
 TOKENIZER = tiny.tokenizer()
@@ -61,6 +63,43 @@ def test_more_steps_than_the_data_has_go_round() -> None:
     assert [point.step for point in points] == [7]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_rate_falls_as_the_schedule_says(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *rest: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *rest)  # type: ignore[arg-type]  # whatever it was given
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run(Training(**{**HOW.__dict__, "schedule": schedule, "warmup": 2 / 6}))
+    shares = {
+        "linear": [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4],
+        "cosine": [0, 1 / 2, 1, (1 + 0.5**0.5) / 2, 1 / 2, (1 - 0.5**0.5) / 2],
+        "constant": [0, 1 / 2, 1, 1, 1, 1],
+    }[schedule]
+    assert rates == pytest.approx([1e-2 * share for share in shares])
+
+
+def test_weight_decay_pulls_to_zero_and_is_off_by_default() -> None:
+    def norm(decay: float) -> torch.Tensor:
+        _, model = run(Training(**{**HOW.__dict__, "weight_decay": decay}))
+        return model.model.layers[0].mlp.up_proj.weight.detach().norm()
+
+    assert Training(**HOW.__dict__).weight_decay == 0.0
+    assert norm(10.0) < 0.9 * norm(0.0)
+
+
+def test_settings_of_the_same_names_say_how_to_train() -> None:
+    settings = SimpleNamespace(**{**HOW.__dict__, "steps": None, "schedule": "cosine", "other": 1})
+    assert Training.of(settings, 6) == Training(**{**HOW.__dict__, "schedule": "cosine"})
+    with pytest.raises(UserError, match="schedule is 'wavy'; choose from linear, cosine, constant"):
+        Training(**{**HOW.__dict__, "schedule": "wavy"})
+
+
 def test_held_out_loss_is_a_mean_over_tokens_whatever_the_batch() -> None:
     model, data = tiny.model(), rows(7)
     data.append(encode(Example("x", "a longer answer", "g"), TOKENIZER, 64))
@@ -79,3 +118,9 @@ def test_answers_come_in_order_and_say_whether_they_ended() -> None:
     assert generate(model, TOKENIZER, data, 3, 2) == [""] * 5
     result = measure(model, TOKENIZER, data, ["", "", "", "", "x"], 3, 2)
     assert result.exact_match == 0.8
+    shortest = measure(model, TOKENIZER, data, ["a"] * 5, 3, 2, lambda got, want: float(got < want))
+    assert shortest.exact_match == 1.0
+    silent = measure(model, TOKENIZER, data, [], 3, 2, None)
+    assert (silent.exact_match, silent.answers) == (None, [])
+    assert silent.held_out_loss == result.held_out_loss
+    assert measure(model, TOKENIZER, data, [], 3, 2, None, loss=7.0).held_out_loss == 7.0
