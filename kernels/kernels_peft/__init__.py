@@ -6,14 +6,24 @@ without a GPU, `README.md` the mathematics. The package imports without triton.
 """
 
 from kernels_peft.fake_quantization import fake_quantize, fake_quantize_reference
+from kernels_peft.packed_linear import (
+    dequantize,
+    dequantize_reference,
+    packed_linear,
+    packed_linear_reference,
+)
 from kernels_peft.rotation import determinants, invert, rotate, rotate_reference
 from kernels_peft.rotation_bank import rotate_by_slot, rotate_by_slot_reference
 
 __all__ = [
+    "dequantize",
+    "dequantize_reference",
     "determinants",
     "fake_quantize",
     "fake_quantize_reference",
     "invert",
+    "packed_linear",
+    "packed_linear_reference",
     "rotate",
     "rotate_by_slot",
     "rotate_by_slot_reference",

@@ -1,4 +1,4 @@
-"""Low-bit codes in 32-bit words: GPTQ's stream on disk, and planes of 3-bit codes for kernels.
+"""Low-bit codes in 32-bit words: the stream of GPTQ.
 
 A bit width is one row of `FORMATS`; configuration, quantiser, kernels and tests read the table.
 """
@@ -15,9 +15,14 @@ RUN = 32  # codes; a run of them fills whole words at every width
 
 @dataclass(frozen=True)
 class Format:
-    """One width of code: the values it holds, and the words of a run of 32 codes."""
+    """One width of code: the values it holds, and the words of a run of 32 codes.
+
+    A window is a part of a run, `window` codes long; the widths are chosen so that a run is whole
+    windows and a window fits in 23 bits, the mantissa of a float32.
+    """
 
     bits: int
+    window: int
 
     @property
     def levels(self) -> int:
@@ -29,13 +34,8 @@ class Format:
         """How many 32-bit words hold a run."""
         return self.bits
 
-    @property
-    def straddles(self) -> bool:
-        """Whether some codes lie across two words."""
-        return RUN % self.bits != 0
 
-
-FORMATS = {bits: Format(bits) for bits in (2, 3, 4)}
+FORMATS = {form.bits: form for form in (Format(2, window=8), Format(3, 4), Format(4, 4))}
 
 
 def pack(codes: Tensor, bits: int, dim: int = 0) -> Tensor:
@@ -84,48 +84,49 @@ def unpack(words: Tensor, bits: int, dim: int = 0) -> Tensor:
         ValueError: an unknown width, or words of a wrong dtype or number.
     """
     form = _form(bits)
-    if words.dtype != torch.int32 or words.shape[dim] % form.words:
-        raise ValueError(
-            f"words have shape {tuple(words.shape)} and dtype {words.dtype}; they must be int32,"
-            f" and a multiple of {form.words} along dimension {dim} for {bits} bits"
-        )
+    _check_words(words, form, dim)
     runs = words.movedim(dim, 0).unflatten(0, (-1, form.words))
     codes = torch.empty(runs.shape[0], RUN, *runs.shape[2:], dtype=torch.uint8, device=words.device)
-    mask = form.levels - 1
     for k in range(RUN):
-        word, shift = divmod(bits * k, 32)
-        value = runs[:, word] >> shift
-        if shift + bits > 32:  # an arithmetic shift brings copies of the sign, so mask them first
-            low = 32 - shift
-            value = (value & ((1 << low) - 1)) | (runs[:, word + 1] << low)
-        codes[:, k] = value & mask
+        codes[:, k] = _field(runs, bits * k, bits)
     return codes.flatten(0, 1).movedim(0, dim).contiguous()
 
 
-def to_planes(words: Tensor) -> Tensor:
-    """Rearrange a stream of 3-bit codes (along the first dimension) into planes.
-
-    Of the three words of a run, two hold the low two bits of 16 codes each, and the third holds the
-    high bits of all 32: no code lies across two words.
+def windows(words: Tensor, bits: int) -> Tensor:
+    """Cut a stream along the first dimension into windows of whole codes, one to a word.
 
     Shapes:
-        words: (3 n, ...), int32. Returns the same.
+        words: (n, ...), int32, n a multiple of `bits`. Returns (m, ...), int32: windows in their
+        order, their first code in the lowest bits and zeros above their last.
+    Raises:
+        ValueError: an unknown width, or words of a wrong dtype or number.
     """
-    runs = unpack(words, 3).unflatten(0, (-1, RUN))
-    low = pack((runs & 3).flatten(0, 1), 2).unflatten(0, (-1, 2))
-    shifts = torch.arange(RUN, device=words.device).view(1, RUN, *(1,) * (runs.dim() - 2))
-    high = ((runs >> 2).to(torch.int64) << shifts).sum(1)
-    high = torch.where(high > 0x7FFFFFFF, high - (1 << 32), high).to(torch.int32)
-    return torch.cat((low, high.unsqueeze(1)), 1).flatten(0, 1)
+    form = _form(bits)
+    _check_words(words, form, 0)
+    runs = words.unflatten(0, (-1, form.words))
+    width = bits * form.window
+    cut = words.new_empty(runs.shape[0], RUN // form.window, *words.shape[1:])
+    for i in range(cut.shape[1]):
+        cut[:, i] = _field(runs, width * i, width)
+    return cut.flatten(0, 1)
 
 
-def from_planes(planes: Tensor) -> Tensor:
-    """Undo `to_planes`."""
-    runs = planes.unflatten(0, (-1, 3))
-    low = unpack(runs[:, :2].flatten(0, 1), 2).unflatten(0, (-1, RUN))
-    shifts = torch.arange(RUN, device=planes.device).view(1, RUN, *(1,) * (runs.dim() - 2))
-    high = (runs[:, 2:] >> shifts) & 1
-    return pack((low | (high << 2).to(torch.uint8)).flatten(0, 1), 3)
+def _field(runs: Tensor, start: int, width: int) -> Tensor:
+    """Give `width` bits of every run, from bit `start` on."""
+    word, shift = divmod(start, 32)
+    value = runs[:, word] >> shift
+    if shift + width > 32:  # an arithmetic shift brings copies of the sign, so mask them first
+        low = 32 - shift
+        value = (value & ((1 << low) - 1)) | (runs[:, word + 1] << low)
+    return value & ((1 << width) - 1)
+
+
+def _check_words(words: Tensor, form: Format, dim: int) -> None:
+    if words.dtype != torch.int32 or words.shape[dim] % form.words:
+        raise ValueError(
+            f"words have shape {tuple(words.shape)} and dtype {words.dtype}; they must be int32,"
+            f" and a multiple of {form.words} along dimension {dim} for {form.bits} bits"
+        )
 
 
 def _form(bits: int) -> Format:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels_peft.packing import FORMATS, RUN, from_planes, pack, to_planes, unpack
+from kernels_peft.packing import FORMATS, RUN, pack, unpack, windows
 
 # code k is k mod 2^bits, 32 codes of one column; by hand from the rule "bits [b k, b k + b)"
 GOLDEN = {
@@ -71,19 +71,21 @@ def test_edge_codes_come_back(bits: int, edge: str) -> None:
     assert torch.equal(unpack(pack(codes, bits), bits), codes)
 
 
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
-def test_planes_hold_the_same_codes(runs: int, columns: int, seed: int) -> None:
+@given(st.sampled_from(sorted(FORMATS)), st.integers(1, 3), st.integers(0, 5), st.integers(0, 99))
+def test_windows_hold_whole_codes_in_order(bits: int, runs: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
-    codes = torch.randint(8, (runs * RUN, columns))
-    stream = pack(codes, 3)
-    planes = to_planes(stream)
-    assert planes.shape == stream.shape
-    assert torch.equal(from_planes(planes), stream)
-    run = planes.view(runs, 3, columns)  # decode one code as a kernel does
-    for k in (0, 10, 15, 16, 21, 31):
-        low = run[:, k // 16] >> (2 * (k % 16)) & 3
-        high = run[:, 2] >> k & 1
-        assert torch.equal(low | high << 2, codes.view(runs, RUN, columns)[:, k].int())
+    form = FORMATS[bits]
+    codes = torch.randint(form.levels, (runs * RUN, columns), dtype=torch.int32)
+    cut = windows(pack(codes, bits), bits)
+    assert cut.shape == (runs * RUN // form.window, columns)
+    assert bool((cut >= 0).all())
+    assert bool((cut < 1 << 23).all())  # fits in the mantissa of a float32
+    assert torch.equal(
+        torch.stack([cut >> bits * i & form.levels - 1 for i in range(form.window)], 1).flatten(
+            0, 1
+        ),
+        codes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,5 +112,6 @@ def test_what_cannot_be_packed_is_refused(codes: Tensor, bits: int, message: str
     ],
 )
 def test_what_cannot_be_unpacked_is_refused(held: Tensor, bits: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        unpack(held, bits)
+    for read in (unpack, windows):
+        with pytest.raises(ValueError, match=message):
+            read(held, bits)

@@ -31,15 +31,32 @@ def dequantize_reference(
 
 
 def packed_linear_reference(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, bits: int
+    x: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    lora_x: Tensor | None = None,
 ) -> Tensor:
-    """Give x W^T + bias for the weight that `dequantize_reference` gives, in the dtype of `x`.
+    """Give x W^T + bias + scale (lora_x A^T) B^T for the weight of `dequantize_reference`.
+
+    Without A and B there is no third term; without `lora_x` it takes x.
 
     Shapes:
-        x: (..., K). bias: (N,). Returns (..., N).
+        x: (..., K). bias: (N,). lora_a: A, (r, K). lora_b: B, (N, r). lora_x: (..., K). Returns
+        (..., N), the dtype of x.
+    Source:
+        ApiQ (arXiv:2402.05147): the layer whose Q and A B^T are calibrated together.
     """
     weight = dequantize_reference(qweight, qzeros, scales, bits, x.dtype)
-    return F.linear(x, weight.t(), bias)
+    y = F.linear(x, weight.t(), bias)
+    if lora_a is None or lora_b is None:
+        return y
+    return y + scale * F.linear(F.linear(x if lora_x is None else lora_x, lora_a), lora_b)
 
 
 def packed_sizes(qweight: Tensor, bits: int) -> tuple[int, int]:
