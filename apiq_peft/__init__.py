@@ -9,10 +9,13 @@ from apiq_peft._register import register
 from apiq_peft.calibration import PRESETS, Calibration, CalibrationError, preset
 from apiq_peft.checkpoint import ApiQQuantizationConfig, dequantize
 from apiq_peft.config import ApiQConfig
+from apiq_peft.export import export_gptq, export_lora, export_plain
+from apiq_peft.gptq import load_gptq
 from apiq_peft.layer import ApiQLinear
 from apiq_peft.model import ApiQModel
 from apiq_peft.packed import PackedLinear
-from apiq_peft.quantize import quantize
+from apiq_peft.quantize import quantize, quantize_folder
+from apiq_peft.samples import samples_of
 
 __all__ = [
     "PRESETS",
@@ -24,9 +27,15 @@ __all__ = [
     "CalibrationError",
     "PackedLinear",
     "dequantize",
+    "export_gptq",
+    "export_lora",
+    "export_plain",
+    "load_gptq",
     "preset",
     "quantize",
+    "quantize_folder",
     "register",
+    "samples_of",
 ]
 
 register()

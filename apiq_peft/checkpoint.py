@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -16,6 +17,9 @@ from apiq_peft.quantizer import SCHEMES
 
 METHOD = "apiq"
 FORMAT = 1  # of the tensors and of this configuration
+_GROUPS = r"\.g_idx$"  # a tensor of GPTQ's files; our groups lie in order, and have none
+_WORDS, _FLOATS = ("I32",), ("F16", "BF16", "F32")
+_DTYPES = {"qweight": _WORDS, "qzeros": _WORDS, "scales": _FLOATS}  # as safetensors names them
 
 
 class ApiQQuantizationConfig(QuantizationConfigMixin):
@@ -50,14 +54,17 @@ class ApiQHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: ApiQQuantizationConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers: dict[str, PackedLinear] = {}
         for name, (bits, group_size) in self.quantization_config.layers.items():
             parent, _, child = name.rpartition(".")
             try:
                 module: Any = model.get_submodule(name)
             except AttributeError:
                 raise ValueError(f"the model has no module {name}, which is packed") from None
-            packed = PackedLinear(
+            layers[name] = PackedLinear(
                 *_sizes(name, module),
                 bits,
                 group_size,
@@ -65,7 +72,11 @@ class ApiQHfQuantizer(HfQuantizer):
                 dtype=module.weight.dtype,
                 device=module.weight.device,
             )
-            setattr(model.get_submodule(parent), child, packed)
+            setattr(model.get_submodule(parent), child, layers[name])
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), _GROUPS}  # type: ignore[assignment]
+        if checkpoint_files is not None:
+            _check_files(checkpoint_files, layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
@@ -97,6 +108,44 @@ def _sizes(name: str, module: Any) -> tuple[int, int]:
     raise ValueError(f"{name} is a {type(module).__name__}; only linear layers can be packed")
 
 
+def _check_files(files: Sequence[str], layers: Mapping[str, PackedLinear]) -> None:
+    """Refuse files that do not hold the packed tensors of `layers`; reads their headers only.
+
+    transformers fills what it does not find with anything, and warns.
+    """
+    found: dict[str, set[str]] = {kind: set() for kind in _DTYPES}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file; no other kind is read")
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  # no dictionary
+                    name, _, kind = key.rpartition(".")
+                    if kind in found:
+                        found[kind].add(name)
+                        _check_tensor(key, opened.get_slice(key), layers.get(name))
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}); get the file again") from error
+    for kind, names in found.items():
+        if len(names) != len(layers):  # names themselves may differ, since transformers renames
+            raise ValueError(
+                f"config.json names {len(layers)} packed layers, but the files hold {kind} of"
+                f" {len(names)}: missing are {sorted(layers.keys() - names) or 'none'}, too many"
+                f" {sorted(names - layers.keys()) or 'none'}; get the files again"
+            )
+
+
+def _check_tensor(key: str, tensor: Any, layer: PackedLinear | None) -> None:
+    kind = key.rpartition(".")[2]
+    dtype, shape = tensor.get_dtype(), list(tensor.get_shape())
+    wanted = shape if layer is None else list(getattr(layer, kind).shape)
+    if dtype not in _DTYPES[kind] or shape != wanted:
+        raise ValueError(
+            f"{key} has shape {shape} and dtype {dtype} in the file; by config.json and the model"
+            f" they must be {wanted} and {' or '.join(_DTYPES[kind])}"
+        )
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """Give the packed layers by the names that they have without adapters."""
     return {
@@ -116,6 +165,13 @@ def mark_quantized(model: Any, scheme: str) -> None:
         model.is_quantized, model.quantization_method = True, METHOD
 
 
+def unmark_quantized(model: Any) -> None:
+    """Undo `mark_quantized`, if it was done."""
+    if getattr(model, "quantization_method", None) == METHOD:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+
+
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Replace every packed layer of `model` by a plain linear one, in place; give the model.
 
@@ -133,7 +189,5 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = module.bias  # type: ignore[assignment]
         setattr(model.get_submodule(parent), child, linear)
-    if getattr(model, "quantization_method", None) == METHOD:
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    unmark_quantized(model)
     return model

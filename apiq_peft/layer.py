@@ -33,6 +33,22 @@ class ApiQLinear(lora.Linear):
             super().__init__(base_layer, adapter_name, **kwargs)
         self.quantization_backend = ForwardOnlyQuantizationBackend("apiq")
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, name = self.get_base_layer(), self._only_adapter()
+        if name is None or args or kwargs or not isinstance(base, PackedLinear):
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        own_x = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+        factors: Any = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return base.product(x, *factors, own_x)
+
+    def _only_adapter(self) -> str | None:
+        """Give the adapter that goes into one product with the codes: a single, plain LoRA."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        return None if self.lora_bias[active[0]] else active[0]
+
     @property
     def weight(self) -> torch.Tensor:
         """The weight of the base, written out; some models ask for its dtype."""

@@ -8,7 +8,7 @@ from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from apiq_peft.checkpoint import mark_quantized
+from apiq_peft.checkpoint import mark_quantized, packed_layers
 from apiq_peft.config import ApiQConfig
 from apiq_peft.layer import _NO_MERGE, ApiQLinear, pack_layer
 from apiq_peft.packed import PackedLinear
@@ -59,6 +59,10 @@ class ApiQModel(LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Pack and adapt the layers of one adapter; see `peft.tuners.tuners_utils.BaseTuner`."""
+        config: Any = self.peft_config[adapter_name]
+        packed = packed_layers(model)
+        if packed and config.target_modules == "all-linear":  # PEFT does not know packed layers
+            config.target_modules = set(packed)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         mark_quantized(model, ApiQConfig.of(self.peft_config[adapter_name]).scheme)
 

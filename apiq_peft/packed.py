@@ -100,8 +100,24 @@ class PackedLinear(nn.Module):
             raise ValueError("scales has values that are not finite; the file is broken")
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+    def product(
+        self,
+        x: Tensor,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scale: float = 1.0,
+        lora_x: Tensor | None = None,
+    ) -> Tensor:
+        """Give x Q^T + bias, plus scale (x A^T) B^T if there is a LoRA; `lora_x` is its own x.
+
+        Shapes:
+            x, lora_x: (..., K). lora_a: (r, K). lora_b: (N, r). Returns (..., N).
+        """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return packed_linear(x, self.qweight, self.qzeros, self.scales, bias, self.bits)
+        packed = (self.qweight, self.qzeros, self.scales, bias, self.bits)
+        return packed_linear(x, *packed, lora_a, lora_b, scale, lora_x)
 
     @property
     def weight(self) -> Tensor:
@@ -111,9 +127,9 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `model.half()` and the like set the dtype of the model; scales keep theirs, and all bits
         scales = self.scales
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scales.device)).dtype
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
-            self.dtype = self.scales.dtype
             self.scales = scales.to(self.scales.device)
         return self
 

@@ -121,9 +121,9 @@ class Quantizer(nn.Module):
         low = torch.sigmoid(self.low_clip) * self.lowest
         return SCHEMES[self.scheme].grid(low, high, self.bits)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Give the weight as it will be, differentiable in the clip parameters."""
-        return fake_quantize(weight, *self.grid(), self.bits)
+        return fake_quantize(weight, *self.grid(), self.bits, dtype)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Codes:

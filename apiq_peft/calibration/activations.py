@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,10 @@ class Activations:
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def shape(self, index: int) -> torch.Size:
+        """Give the shape of the states of one batch."""
+        return self._tensors[index].shape
+
     def get(self, index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Give the states of one batch on a device, in a dtype."""
         return self._tensors[index].to(device, dtype)
@@ -51,15 +56,20 @@ class Activations:
             )
         held.copy_(states.detach())
 
-    def copy_from(self, other: Activations) -> None:
-        """Take over all states of another."""
-        for mine, theirs in zip(self._tensors, other._tensors, strict=True):
-            mine.copy_(theirs)
-
 
 def _mapped(path: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = math.prod(shape)
     with path.open("wb") as file:
-        file.truncate(size * dtype.itemsize)
+        try:
+            file.truncate(size * dtype.itemsize)
+            if size and hasattr(os, "posix_fallocate"):  # a write to a full disk is no exception
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        except OSError as error:
+            path.unlink()
+            raise OSError(
+                error.errno,
+                f"{path}: no room for {size * dtype.itemsize} bytes of activations"
+                f" ({error.strerror}); free some, or choose another cache_dir",
+            ) from error
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

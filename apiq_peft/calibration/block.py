@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq_peft.calibration.activations import Activations
-from apiq_peft.calibration.capture import Call
+from apiq_peft.calibration.capture import Call, Masks
 from apiq_peft.calibration.closed_form import Moments
 from apiq_peft.calibration.fitting import fit
+from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import DTYPES, Calibration
 from apiq_peft.calibration.stacks import groups_of
 from apiq_peft.calibration.student import StudentLinear
@@ -25,7 +26,8 @@ class Work:
     """One block and all that is known about its inputs.
 
     `full` and `quantized` are the states that enter it in the full-precision and the quantised
-    model; `teacher` is the block itself, `student` its copy, `layers` the students' layers.
+    model; `teacher` is the block itself, `student` its copy, `layers` the students' layers. All is
+    of the batches of this process.
     """
 
     name: str
@@ -36,9 +38,11 @@ class Work:
     quantized: Activations
     full_calls: Sequence[Call]
     quantized_calls: Sequence[Call]
+    masks: Sequence[Masks]
     settings: Calibration
     device: torch.device
     generator: torch.Generator
+    processes: Processes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +67,23 @@ class Work:
         """Give the same without gradients."""
         return self.learn(batch)
 
+    def real(self, batch: int, x: Tensor) -> Tensor | None:
+        """Give 1 for the rows of `x` (..., K) that are of real tokens, 0 for padding.
+
+        None if all rows are real, or if they are no tokens. `x` is an input or output of the
+        full-precision block or of one of its layers.
+        """
+        own, encoder = self.masks[batch]
+        mask = own
+        if encoder is not None or own is not None:
+            call = self.full_calls[batch]
+            given = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
+            if any(v.shape == x.shape and torch.equal(v.to(x), x) for v in given):
+                mask = encoder  # what cross-attention looks at
+        if mask is None or mask.numel() != x.shape[:-1].numel():
+            return None
+        return (mask != 0).view(x.shape[:-1]).to(self.device, torch.float32)
+
 
 class _SeenError(Exception):
     """Raised to leave a block once the input of a layer was seen."""
@@ -84,14 +105,16 @@ def calibrate_block(
         _solve_groups(work, groups)
     losses: dict[str, list[float]] = {}
     if work.settings.epochs and work.settings.granularity == "block":
+        loss_of, amounts = _block_loss(work, targets, augmented)
         losses["block"] = fit(
             work.name,
             list(work.layers.values()),
-            _block_loss(work, targets, augmented),
-            len(targets),
+            loss_of,
+            work.processes.relative(amounts, work.device),
             work.settings,
             work.generator,
             lambda epoch, loss: progress("", epoch, loss),
+            work.processes,
         )
     elif work.settings.epochs:
         for group in groups:
@@ -105,15 +128,38 @@ def calibrate_block(
 
 def _block_loss(
     work: Work, targets: Activations, augmented: Activations | None
-) -> Callable[[int], Tensor]:
+) -> tuple[Callable[[int], Tensor], list[float]]:
+    """Give the loss of a batch, and how many tokens each batch has."""
+    reals = [
+        work.real(batch, targets.get(batch, work.device, torch.float32))
+        for batch in range(len(targets))
+    ]
+
     def loss_of(batch: int) -> Tensor:
-        output = work.learn(batch).float()
-        loss = F.mse_loss(output, targets.get(batch, work.device, torch.float32))
+        output, real = work.learn(batch).float(), reals[batch]
+        wanted = targets.get(batch, work.device, torch.float32)
+        loss = _distance(output, wanted, real, work.settings.loss)
         if augmented is not None:
-            loss = loss + F.mse_loss(output, augmented.get(batch, work.device, torch.float32))
+            other = augmented.get(batch, work.device, torch.float32)
+            loss = loss + _distance(output, other, real, work.settings.loss)
         return loss
 
-    return loss_of
+    rows = [targets.shape(batch)[:-1].numel() for batch in range(len(targets))]
+    return loss_of, _tokens(reals, rows)
+
+
+def _distance(y: Tensor, wanted: Tensor, real: Tensor | None, loss: str) -> Tensor:
+    """Give the mean squared difference over the features of real tokens."""
+    squares = (y - wanted).square().mean(-1)
+    if loss == "relative":
+        squares = squares / wanted.square().mean(-1).clamp(min=1e-12)
+    if real is None:
+        return squares.mean()
+    return (squares * real).sum() / real.sum().clamp(min=1)
+
+
+def _tokens(reals: Sequence[Tensor | None], rows: Sequence[int]) -> list[float]:
+    return [float(n if real is None else real.sum()) for real, n in zip(reals, rows, strict=True)]
 
 
 def _fit_group(
@@ -121,6 +167,9 @@ def _fit_group(
 ) -> dict[str, list[float]]:
     """Train the layers of one input one after the other, then round them for good."""
     pairs = [_inputs_of(work, group[0], batch) for batch in range(len(work.full_calls))]
+    reals = [work.real(batch, x) for batch, (x, _) in enumerate(pairs)]
+    amounts = _tokens(reals, [x.shape[:-1].numel() for x, _ in pairs])
+    weights = work.processes.relative(amounts, work.device)
     losses = {}
     for name in group:
         layer = work.layers[name]
@@ -128,16 +177,18 @@ def _fit_group(
         def loss_of(batch: int, layer: StudentLinear = layer) -> Tensor:
             x, z = pairs[batch]
             wanted = F.linear(x.float(), layer.weight.float())
-            return F.mse_loss(_without_bias(layer, z.float()), wanted)
+            y = _without_bias(layer, z.float())
+            return _distance(y, wanted, reals[batch], work.settings.loss)
 
         losses[name] = fit(
             f"{work.name}.{name}",
             [layer],
             loss_of,
-            len(pairs),
+            weights,
             work.settings,
             work.generator,
             lambda epoch, loss, name=name: progress(name, epoch, loss),  # type: ignore[misc]
+            work.processes,
         )
         layer.settle()
     return losses
@@ -158,19 +209,21 @@ def _solve_groups(work: Work, groups: list[list[str]]) -> None:
             sizes = {name: layer.weight.shape[0] for name, layer in layers.items()}
             moments = Moments(first.weight.shape[1], sizes, work.device)
             for batch in range(len(work.full_calls)):
-                x, z = (t.float() for t in _inputs_of(work, group[0], batch))
-                moments.add(
-                    z,
-                    {
-                        name: F.linear(x, layer.weight.float()) - F.linear(z, layer.rounded())
-                        for name, layer in layers.items()
-                    },
-                )
+                x, z = _inputs_of(work, group[0], batch)
+                real = work.real(batch, x)
+                x, z = x.float(), z.float()
+                errors = {
+                    name: F.linear(x, layer.weight.float()) - F.linear(z, layer.rounded())
+                    for name, layer in layers.items()
+                }
+                moments.add(z, errors, real)
+            moments.join(work.processes)
             ranks = {name: layer.grid.rank for name, layer in layers.items()}
             for name, (a, b) in moments.solve(ranks).items():
                 layer = layers[name]
                 layer.lora_A.zero_()[: len(a)] = a  # fewer rows than asked for in a narrow layer
                 layer.lora_B.zero_()[:, : len(a)] = b / layer.grid.scale
+                work.processes.copy_first((layer.lora_A, layer.lora_B))
 
 
 @contextmanager

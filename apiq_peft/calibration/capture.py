@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,12 @@ class _Recorder(nn.Module):
     """Stands for a block: notes its arguments, and passes the states on unchanged.
 
     What a block returns beside its states (T5's first block computes the position bias for all) is
-    that of the first block, which therefore runs.
+    that of the first block, which therefore runs; the others need no weights.
     """
 
-    def __init__(self, block: nn.Module, calls: list[Call], extras: list[Any], first: bool) -> None:
+    def __init__(self, block: nn.Module, calls: list[Call], beside: Beside, first: bool) -> None:
         super().__init__()
-        self._block, self._calls, self._extras, self._first = [block], calls, extras, first
+        self._block, self._calls, self._beside, self._first = [block], calls, beside, first
         self.states: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of blocks (attention_type)
@@ -77,10 +77,36 @@ class _Recorder(nn.Module):
         self._calls.append(Call(args[1:], dict(kwargs)))
         if self._first:
             self.states = args[0]
-            output = self._block[0](*args, **kwargs)
-            self._extras[:] = output[1:] if isinstance(output, tuple) else [None]
-            return (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
-        return args[0] if self._extras == [None] else (args[0], *self._extras)
+            self._beside.note(self._block[0](*args, **kwargs))
+        return self._beside.with_states(args[0])
+
+
+class _Finished(_Recorder):
+    """Stands for a block of an earlier stack: gives the final states of that stack."""
+
+    def __init__(self, block: nn.Module, states: Tensor, beside: Beside) -> None:
+        super().__init__(block, [], beside, False)
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.states is not None
+        args, kwargs = _states_first(args, kwargs)
+        return self._beside.with_states(self.states.to(args[0]))
+
+
+@dataclass
+class Beside:
+    """What a stack's blocks return beside their states: nothing, or the rest of a tuple."""
+
+    rest: tuple[Any, ...] | None = None
+
+    def note(self, output: Any) -> None:
+        """Take over what a block returned."""
+        self.rest = output[1:] if isinstance(output, tuple) else None
+
+    def with_states(self, states: Tensor) -> Any:
+        """Give states as a block would return them."""
+        return states if self.rest is None else (states, *self.rest)
 
 
 def _states_first(
@@ -96,44 +122,94 @@ class _EnoughError(Exception):
     """Raised to leave the model's forward once all blocks were seen."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """A stack that is done: its final states by the number of a batch."""
+
+    stack: Stack
+    states: Callable[[int], Tensor]
+    beside: Beside
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a model hands to a stack.
+
+    `states` enter the first block, by batch; `calls` has for every block the call of each batch;
+    `masks` the attention mask (samples, length) of each batch, for the rows of the states and for
+    those of an encoder that this stack looks at.
+    """
+
+    states: list[Tensor]
+    calls: list[list[Call]]
+    masks: list[Masks]
+    beside: Beside
+
+
+Masks = tuple[Tensor | None, Tensor | None]
+
+
 @torch.no_grad()
 def capture(
     model: nn.Module,
     stack: Stack,
     batches: Sequence[Batch],
-    given: Mapping[str, Callable[[int], Tensor]],
-    stacks: Sequence[Stack],
-) -> tuple[list[Tensor], list[list[Call]]]:
+    given: Sequence[Given],
+    device: torch.device,
+) -> Captured:
     """Run the model around `stack` and note what its blocks would get.
 
-    `given` has, by the name of each earlier stack, the final states of a batch. Returns the states
-    that enter the first block, and for every block the call of each batch. Equal tensors of
-    different batches are kept once.
+    Of all blocks only the first of `stack` runs. Equal tensors of different batches are kept once.
     """
-    states: list[Tensor] = []
-    calls: list[list[Call]] = [[] for _ in stack.blocks]
+    found = Captured([], [[] for _ in stack.blocks], [], Beside())
     pool = _Pool()
-    device = next(model.parameters()).device
     for number, batch in enumerate(batches):
         noted: list[list[Call]] = [[] for _ in stack.blocks]
-        extras: list[Any] = []
         recorders = [
-            _Recorder(block, noted[index], extras, index == 0)
+            _Recorder(block, noted[index], found.beside, index == 0)
             for index, block in enumerate(stack.blocks)
         ]
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        with (
-            _replaced(stack, recorders),
-            _giving(stacks, given, number),
-            _stop_after(recorders[-1]),
-        ):
+        with giving(given, number), _replaced(stack, recorders), _stop_after(recorders[-1]):
             model(**inputs, use_cache=False)
         entered = recorders[0].states
         assert entered is not None
-        states.append(entered)
-        for block_calls, found in zip(calls, noted, strict=True):
-            block_calls.append(Call(pool.intern(found[0].args), pool.intern(found[0].kwargs)))
-    return states, calls
+        found.states.append(entered)
+        found.masks.append(_masks(inputs, entered, later=bool(given)))
+        for block_calls, seen in zip(found.calls, noted, strict=True):
+            block_calls.append(Call(pool.intern(seen[0].args), pool.intern(seen[0].kwargs)))
+    return found
+
+
+def _masks(batch: Batch, states: Tensor, later: bool) -> Masks:
+    """Give the masks of a batch that say which rows of the states are real, if some are not."""
+    padding = batch.get("attention_mask")
+    if not (later and any(name.startswith("decoder_") for name in batch)):
+        own, other = padding, None
+    else:
+        own, other = batch.get("decoder_attention_mask"), padding
+    if own is not None and own.shape != states.shape[:2]:
+        own = None
+    if other is not None and other.dim() != 2:
+        other = None
+    return (
+        None if own is None or bool((own != 0).all()) else own,
+        None if other is None or bool((other != 0).all()) else other,
+    )
+
+
+@contextmanager
+def giving(given: Sequence[Given], number: int) -> Iterator[None]:
+    """Put the states that are known for batch `number` in the place of what stacks would give.
+
+    Their blocks do not run and need no weights.
+    """
+    with ExitStack() as replaced:
+        for each in given:
+            states = each.states(number)
+            blocks = [_Finished(block, states, each.beside) for block in each.stack.blocks]
+            replaced.enter_context(_replaced(each.stack, blocks))
+        yield
 
 
 @contextmanager
@@ -147,31 +223,6 @@ def _replaced(stack: Stack, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for index, block in enumerate(blocks):
             stack.blocks[index] = block
-
-
-@contextmanager
-def _giving(
-    stacks: Sequence[Stack], given: Mapping[str, Callable[[int], Tensor]], number: int
-) -> Iterator[None]:
-    """Put the states that are known for batch `number` in the place of what earlier stacks give."""
-
-    def give(states: Callable[[int], Tensor]) -> Callable[..., Any]:
-        def hook(block: nn.Module, args: Any, output: Any) -> Any:
-            known = states(number).to(first_of(output))
-            return (known, *output[1:]) if isinstance(output, tuple) else known
-
-        return hook
-
-    handles = [
-        stack.blocks[-1].register_forward_hook(give(given[stack.name]))
-        for stack in stacks
-        if stack.name in given
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

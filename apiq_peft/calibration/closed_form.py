@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apiq_peft.calibration.processes import Processes
+
 _Factors = tuple[Tensor, Tensor]
 
 
@@ -24,15 +26,23 @@ class Moments:
             name: torch.zeros(inputs, N, dtype=torch.float64, device=device)
             for name, N in outputs.items()
         }
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, z: Tensor, errors: dict[str, Tensor]) -> None:
-        """Take in some tokens: z (..., K) and what is missing at each output (..., N)."""
+    def add(self, z: Tensor, errors: dict[str, Tensor], real: Tensor | None = None) -> None:
+        """Take in some tokens: z (..., K) and what is missing at each output (..., N).
+
+        `real` (...) is 0 for the rows that do not count, 1 for the others.
+        """
         z = z.flatten(0, -2).float()
-        self.second += z.t() @ z
+        counted = z if real is None else z * real.reshape(-1, 1)
+        self.second += counted.t() @ z
         for name, error in errors.items():
-            self.cross[name] += z.t() @ error.flatten(0, -2).float()
-        self.tokens += z.shape[0]
+            self.cross[name] += counted.t() @ error.flatten(0, -2).float()
+        self.tokens += len(z) if real is None else real.sum()
+
+    def join(self, processes: Processes) -> None:
+        """Add the sums of all processes."""
+        processes.add((self.second, self.tokens, *self.cross.values()))
 
     def solve(self, rank: int | dict[str, int], damping: float = 1e-2) -> dict[str, _Factors]:
         """Give A (rank, K) and B (N, rank) of each layer, float32, that leave the least error.
@@ -45,7 +55,8 @@ class Moments:
             EoRA (arXiv:2410.21271) and CLoQ (arXiv:2501.18475), here for inputs of the quantised
             model.
         """
-        H = self.second / max(1, self.tokens)
+        tokens = self.tokens.clamp(min=1)
+        H = self.second / tokens
         mean = H.diagonal().mean().clamp(min=1e-12)
         H.diagonal().add_(damping * mean)
         values, vectors = torch.linalg.eigh(H)
@@ -53,7 +64,7 @@ class Moments:
         ranks = rank if isinstance(rank, dict) else dict.fromkeys(self.cross, rank)
         factors = {}
         for name, cross in self.cross.items():
-            whitened = inverse_root.t() @ (cross / max(1, self.tokens))  # H^(1/2) D, turned
+            whitened = inverse_root.t() @ (cross / tokens)  # H^(1/2) D, turned
             left, right = _low_rank(whitened, ranks[name])
             factors[name] = ((inverse_root @ left).t().float(), right.t().float())
         return factors
@@ -65,6 +76,7 @@ def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     gram = matrix.t() @ matrix if n <= m else matrix @ matrix.t()
     values, vectors = torch.linalg.eigh(gram)
     top = vectors[:, -rank:].flip(1)
+    top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()  # else up to rounding
     roots = values[-rank:].flip(0).clamp(min=1e-300) ** 0.25  # of the singular values
     if n <= m:
         right = top.t() * roots[:, None]

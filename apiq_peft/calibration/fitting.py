@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import StudentLinear
 
@@ -22,15 +23,18 @@ def fit(
     where: str,
     layers: Sequence[StudentLinear],
     loss_of: Callable[[int], Tensor],
-    batches: int,
+    weights: Sequence[float],
     settings: Calibration,
     generator: torch.Generator,
     progress: Callable[[int, float], None],
+    processes: Processes,
 ) -> list[float]:
     """Train clipping and LoRA of some layers together; give the mean loss of every epoch.
 
-    `loss_of` gives the loss of a batch by its number. A loss that is not finite restores the state
-    of the last epoch that was sound and goes on once at a tenth of the rates.
+    `loss_of` gives the loss of a batch by its number, which counts as much as `weights` says for
+    that batch. A step takes the mean of losses and gradients over all processes. A loss that is not
+    finite on one of them restores on all the state of the last epoch that was sound, and they go on
+    once at a tenth of the rates.
 
     Raises:
         CalibrationError: a loss is not finite a second time; the layers are in their last sound
@@ -39,7 +43,7 @@ def fit(
     clips = [p for layer in layers for p in (layer.quantizer.high_clip, layer.quantizer.low_clip)]
     loras = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     parameters = [*clips, *loras]
-    rate, losses, epoch = 1.0, [], 0
+    rate, losses, epoch, batches = 1.0, [], 0, len(weights)
     sound = [p.detach().clone() for p in parameters]
     order = list(range(batches))
     optimizer = _optimizer(clips, loras, settings, rate)
@@ -50,13 +54,15 @@ def fit(
         for step, batch in enumerate(order):
             share = (epoch * batches + step) / (settings.epochs * batches)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * _schedule(settings, share)
-            loss = loss_of(batch)
-            value = float(loss.detach())
+                group["lr"] = group["peak"] * schedule(settings.schedule, settings.warmup, share)
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(batch) * weights[batch]
+            loss.backward()
+            mean = loss.detach().clone()
+            processes.average([mean, *(p.grad for p in parameters if p.grad is not None)])
+            value = float(mean)
             if not math.isfinite(value):
                 break
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
@@ -102,11 +108,11 @@ def _optimizer(
     )
 
 
-def _schedule(settings: Calibration, share: float) -> float:
-    """Give the share of the peak rate after a share of all steps."""
-    if share < settings.warmup:
-        return share / settings.warmup
-    if settings.schedule == "constant":
+def schedule(kind: str, warmup: float, share: float) -> float:
+    """Give the share of the peak rate after a share of all steps; see `SCHEDULES` for the kinds."""
+    if share < warmup:
+        return share / warmup
+    if kind == "constant":
         return 1.0
-    done = (share - settings.warmup) / (1 - settings.warmup)
+    done = (share - warmup) / (1 - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))

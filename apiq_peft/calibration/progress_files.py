@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apiq_peft.calibration.capture import Batch
+from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import Solution
+from apiq_peft.config import ApiQConfig
 from apiq_peft.quantizer import Codes
 
 _RUN = "calibration.json"
@@ -40,7 +44,8 @@ class BlockFiles:
         text = json.dumps(run, indent=2, sort_keys=True)
         path = folder / _RUN
         if not path.exists():
-            _write(path, text.encode())
+            with appearing(path) as part:
+                part.write_text(text)
             return
         try:
             before = json.loads(path.read_text())
@@ -93,13 +98,24 @@ class BlockFiles:
             for part in parts
         }
         weights = json.dumps({name: digest(weight) for name, weight in layers.items()})
-        path = self._path(block)
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, {"weights": weights})
-        os.replace(part, path)
+        write_whole(self._path(block), tensors, {"weights": weights})
 
     def _path(self, block: str) -> Path:
-        return self.folder / f"{block}.safetensors"
+        return _path(self.folder, block)
+
+
+def describe(
+    batches: Sequence[Batch], config: ApiQConfig, settings: Calibration, processes: int
+) -> dict[str, Any]:
+    """Say what a calibration depends on, so that another is not mistaken for it."""
+    samples = [digest(batch[name]) for batch in batches for name in sorted(batch)]
+    adapter = {k: v for k, v in config.to_dict().items() if k != "base_model_name_or_path"}
+    return {
+        "adapter": {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()},
+        "settings": {k: v for k, v in asdict(settings).items() if k != "cache_dir"},
+        "samples": samples,
+        "processes": processes,
+    }
 
 
 def digest(tensor: Tensor) -> str:
@@ -108,7 +124,39 @@ def digest(tensor: Tensor) -> str:
     return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def read_part(folder: Path, block: str, name: str) -> Tensor:
+    """Give one tensor of a finished block: `layer.lora_A` and so on."""
+    with safe_open(_path(folder, block), "pt") as file:
+        return file.get_tensor(name)
+
+
+def _path(folder: Path, block: str) -> Path:
+    return folder / f"{block}.safetensors"
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears when it is complete, or not at all.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    with appearing(path) as part:
+        save_file(dict(tensors), part, metadata)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Give a file to write that becomes `path`, or disappears if that fails."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        number = (error.errno,) if isinstance(error, OSError) else ()
+        raise OSError(
+            *number,
+            f"{path} cannot be written ({error}); make room or choose another folder, then repeat"
+            " the call, which goes on after the last block that is complete",
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

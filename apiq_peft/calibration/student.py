@@ -56,6 +56,7 @@ class StudentLinear(nn.Module):
         self.weight = weight.detach()
         self.bias: Any = module.bias
         self.settled: Tensor | None = None
+        self.codes: Codes | None = None
         self.quantizer = Quantizer(weight, grid.bits, grid.group_size, grid.scheme, clip_init)
         N, K = weight.shape
         bound = K**-0.5  # kaiming_uniform with a = sqrt(5), as PEFT starts A
@@ -63,26 +64,29 @@ class StudentLinear(nn.Module):
         self.lora_A = nn.Parameter(start.to(weight.device))
         self.lora_B = nn.Parameter(torch.zeros(N, grid.rank, device=weight.device))
 
-    def rounded(self) -> Tensor:
-        """Give Q (N, K) in float32, differentiable in the clipping unless settled."""
-        return self.quantizer(self.weight.float()) if self.settled is None else self.settled
+    def rounded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give Q (N, K), differentiable in the clipping unless settled."""
+        if self.settled is None:
+            return self.quantizer(self.weight, dtype)
+        return self.settled.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.rounded().to(x.dtype), bias)
+        y = F.linear(x, self.rounded(x.dtype), bias)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return y + self.grid.scale * F.linear(F.linear(x, a), b)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Round for good: from here on the weight is what the stored codes stand for."""
-        codes = self.quantizer.codes(self.weight)
-        self.settled = codes.dequantize()
+        self.codes = self.quantizer.codes(self.weight)
+        self.settled = self.codes.dequantize()
 
     @torch.no_grad()
     def solution(self) -> Solution:
-        """Give what was found, on the CPU."""
-        codes = self.quantizer.codes(self.weight)
+        """Give what was found, on the CPU, once it is rounded for good."""
+        codes = self.codes
+        assert codes is not None
         parts = (self.lora_A, self.lora_B, self.quantizer.high_clip, self.quantizer.low_clip)
         return Solution(
             Codes(codes.codes.cpu(), codes.scales.cpu(), codes.zeros.cpu()),
@@ -99,6 +103,7 @@ class StudentLinear(nn.Module):
             (self.quantizer.low_clip, solution.low_clip),
         ):
             parameter.copy_(value)
+        self.codes = solution.codes
         self.settled = solution.codes.dequantize().to(self.lora_A.device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from apiq_peft import ApiQConfig, ApiQLinear, Calibration, CalibrationError, preset, quantize
-from apiq_peft.calibration import fitting
+from apiq_peft.calibration import block, calibrate, fitting
+from apiq_peft.calibration.capture import giving
 from apiq_peft.calibration.closed_form import Moments
 from tests.apiq_peft._models import KINDS, error, outputs, tiny, tokens
 
@@ -141,18 +144,17 @@ def test_a_broken_block_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_tried_again_and_then_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    block = "apiq_peft.calibration.block"
-    real = torch.nn.functional.mse_loss
+    real = block._distance
     left = [1]
 
     def once(*args: Any) -> Tensor:
         left[0] -= 1
         return real(*args) * (float("nan") if left[0] == 0 else 1)
 
-    monkeypatch.setattr(f"{block}.F.mse_loss", once)
+    monkeypatch.setattr(block, "_distance", once)
     _, reports = run("llama", preset("apiq-bw", epochs=2, augment_loss=False))
     assert len(reports[0].losses["block"]) == 2
-    monkeypatch.setattr(f"{block}.F.mse_loss", lambda *args: real(*args) * float("nan"))
+    monkeypatch.setattr(block, "_distance", lambda *args: real(*args) * float("nan"))
     with pytest.raises(CalibrationError, match=r"model\.layers\.0: the loss is nan in epoch 1"):
         run("llama", preset("apiq-bw", epochs=2))
 
@@ -253,3 +255,92 @@ def test_layers_outside_of_blocks_are_refused_and_nothing_is_changed() -> None:
         quantize(model, tokens(), config(target_modules=["q_proj", "lm_head"]), preset("fast"))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def padded(filler: int) -> dict[str, Tensor]:
+    """Give samples of which the second half is padding, but for the first."""
+    ids, mask = tokens(4), torch.ones(4, 12, dtype=torch.int64)
+    mask[1:, 6:] = 0
+    return {"input_ids": torch.where(mask == 1, ids, filler), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["apiq-bw", "apiq-lw", "fast"])
+def test_padding_counts_for_nothing(name: str) -> None:
+    settings = preset(name) if name == "fast" else preset(name, epochs=2)
+
+    def quantised(**batch: Tensor) -> tuple[dict[str, Tensor], list[float]]:
+        model, reports = quantize(tiny(), [batch], config(), settings, show_progress=False)
+        return model.state_dict(), [report.error_after for report in reports]
+
+    wanted, errors = quantised(**padded(5))
+    found, others = quantised(**padded(9))
+    for key, tensor in found.items():
+        assert torch.allclose(tensor.float(), wanted[key].float(), atol=1e-5), key
+    assert others == pytest.approx(errors, rel=1e-4)
+    unmasked, _ = quantised(input_ids=padded(5)["input_ids"])
+    assert any(not torch.equal(tensor, wanted[n]) for n, tensor in unmasked.items())
+    ones = torch.ones(4, 12, dtype=torch.int64)
+    same, _ = quantised(input_ids=padded(5)["input_ids"], attention_mask=ones)
+    assert all(torch.equal(tensor, unmasked[n]) for n, tensor in same.items())
+
+
+def test_padding_of_the_encoder_counts_for_nothing_in_the_decoder() -> None:
+    def quantised(filler: int) -> dict[str, Tensor]:
+        batch = {**padded(filler), "decoder_input_ids": tokens(4, seed=3)}  # of the same length
+        model, _ = quantize(tiny("bart"), [batch], config(), preset("fast"), show_progress=False)
+        return model.state_dict()
+
+    wanted, found = quantised(5), quantised(9)
+    for key, tensor in found.items():
+        assert torch.allclose(tensor.float(), wanted[key].float(), atol=1e-4), key
+
+
+def test_the_final_states_are_those_of_the_full_precision_model() -> None:
+    model, batches = tiny(), [{"input_ids": ids} for ids in tokens(4).split(2)]
+    states: list[Tensor] = []
+    handle = model.model.layers[-1].register_forward_hook(lambda m, a, y: states.append(y))
+    for batch in batches:
+        outputs(model, batch["input_ids"])
+    handle.remove()
+    result = calibrate(model, batches, config(), preset("fast"), show_progress=False)
+    for number, wanted in enumerate(states):
+        assert torch.allclose(result.final_states(number), wanted, atol=1e-6)
+        ids = batches[number]["input_ids"]
+        with giving([result.final], number):  # norm and head are not quantised
+            assert torch.allclose(outputs(model, ids), outputs(tiny(), ids), atol=1e-5)
+        assert not torch.allclose(outputs(model, ids), outputs(tiny(), ids), atol=1e-2)
+
+
+def test_the_bar_shows_what_is_trained_and_the_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = preset("apiq-lw", epochs=2, batch_size=4)
+    quantize(tiny(), tokens(4), config(), settings)
+    last = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
+    assert "30/30" in last[-1]  # two epochs of 14 layers, and the end of two blocks
+    text = "\n".join(last)
+    assert "model.layers.1" in text
+    assert "epoch 2/2 loss" in text
+    assert "<" in last[len(last) // 2]  # tqdm: time taken < time left
+
+
+def test_a_cache_without_room_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"layers-full-0-00000\.bin: no room for .*cache_dir"):
+        run("llama", preset("fast", cache_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_relative_loss_keeps_one_token_from_outweighing_the_others() -> None:
+    wanted = torch.ones(1, 3, 4)
+    wanted[0, 0] = 1e3
+    y = wanted * 1.1
+    assert float(block._distance(y, wanted, None, "relative")) == pytest.approx(0.01, rel=1e-3)
+    shares = torch.tensor([[0.0, 1.0, 1.0]])
+    assert float(block._distance(y, wanted, shares, "mse")) == pytest.approx(0.01, rel=1e-3)
+    assert float(block._distance(y, wanted, None, "mse")) > 1e3
