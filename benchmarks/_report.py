@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks._measure import quantiles
 
 # ten of matplotlib's, and what tells itself apart from them
-_COLORS = ("k", *(f"C{n}" for n in range(10)), "navy", "lime", "gold")
+COLORS = ("k", *(f"C{n}" for n in range(10)), "navy", "lime", "gold")
 _PACKAGES = ("torch", "transformers", "peft", "triton")
 
 
@@ -115,28 +115,33 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def read(path: Path) -> list[Row]:
-    """Give the rows of the latest run in the CSV at `path`."""
+def read_all(path: Path) -> list[Row]:
+    """Give the rows in the CSV at `path`, oldest first."""
     with path.open(newline="") as file:
         entries = list(csv.DictReader(file))
     numbers = {"x": int, "p20": float, "p50": float, "p80": float}
-    rows = [Row(**{k: numbers.get(k, str)(v) for k, v in entry.items()}) for entry in entries]
+    return [Row(**{k: numbers.get(k, str)(v) for k, v in entry.items()}) for entry in entries]
+
+
+def read(path: Path) -> list[Row]:
+    """Give the rows of the latest run in the CSV at `path`."""
+    rows = read_all(path)
     return [row for row in rows if row.date == max(r.date for r in rows)]
 
 
 def show(console: Console, rows: Sequence[Row]) -> None:
     """Print the medians: a table for each case, a line for each x and provider."""
-    for case in _distinct(r.case for r in rows):
+    for case in distinct(r.case for r in rows):
         here = [r for r in rows if r.case == case]
-        columns = _distinct((r.mode, r.metric, r.unit) for r in here)
+        columns = distinct((r.mode, r.metric, r.unit) for r in here)
         table = Table(title=case, title_justify="left")
         table.add_column("x", justify="right")
         table.add_column("provider")
         for mode, metric, unit in columns:
             table.add_column(f"{mode}\n{metric}\n{unit}", justify="right")
-        for x in _distinct(r.x for r in here):
+        for x in distinct(r.x for r in here):
             table.add_section()
-            for provider in _distinct(r.provider for r in here if r.x == x):
+            for provider in distinct(r.provider for r in here if r.x == x):
                 found = {
                     (r.mode, r.metric, r.unit): f"{r.p50:.4g}"
                     for r in here
@@ -175,12 +180,12 @@ def plot(source: Path, target: Path, panels: Sequence[Panel]) -> None:
     rows = read(source)
     drawn = [
         (case, panel, here)
-        for case in _distinct(r.case for r in rows)
+        for case in distinct(r.case for r in rows)
         for panel in panels
         if (here := panel.rows([r for r in rows if r.case == case]))
     ]
-    providers = _distinct(r.provider for _, _, here in drawn for r in here)
-    looks = {name: (_COLORS[n % len(_COLORS)], "osv^D"[n % 5]) for n, name in enumerate(providers)}
+    providers = distinct(r.provider for _, _, here in drawn for r in here)
+    looks = {name: (COLORS[n % len(COLORS)], "osv^D"[n % 5]) for n, name in enumerate(providers)}
     across = min(3, max(1, len(drawn)))
     down = -(-max(1, len(drawn)) // across)
     figure = Figure(figsize=(5 * across, 3.6 * down + 0.8), layout="constrained")
@@ -212,8 +217,8 @@ def _draw(
 ) -> None:
     """Draw a line for each provider, medians with a bar from the 20th to the 80th percentile."""
     by_mode = len(panel.modes) > 1
-    places = _distinct(r.mode if by_mode else r.x for r in rows)
-    providers = _distinct(r.provider for r in rows)
+    places = distinct(r.mode if by_mode else r.x for r in rows)
+    providers = distinct(r.provider for r in rows)
     width = 0.6 if by_mode or len(places) == 1 else 0.2
     for number, provider in enumerate(providers):
         here = [r for r in rows if r.provider == provider]
@@ -240,5 +245,6 @@ def _draw(
         axes.set_yscale("log")
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Give every value once, in order of appearance."""
     return list(dict.fromkeys(values))
