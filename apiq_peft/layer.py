@@ -39,8 +39,9 @@ class ApiQLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[name]
         own_x = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-        factors: Any = (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        return base.product(x, *factors, own_x)
+        A: Any = self.lora_A[name]
+        B: Any = self.lora_B[name]
+        return base.product(x, A.weight, B.weight, self.scaling[name], own_x)
 
     def _only_adapter(self) -> str | None:
         """Give the adapter that goes into one product with the codes: a single, plain LoRA."""

@@ -36,6 +36,8 @@ from recipes_peft import assets, boolq, models
 NAME = "quantize"
 
 AIMS = (
+    Aim("2 bits, rank 64: at most 60", BEST, "quantised", "perplexity", 60.0, cases="2 bits", x=64),
+    Aim("3 bits, rank 16: at most 29", BEST, "quantised", "perplexity", 29.0, cases="3 bits", x=16),
     Aim("quantised, below LoftQ", BEST, "quantised", "perplexity", 1.0, LOFTQ),
     Aim("finetuned, below LoftQ", BEST, "finetuned", "perplexity", 1.0, LOFTQ),
 )
