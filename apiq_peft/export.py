@@ -104,8 +104,9 @@ def export_lora(
     """Write one adapter of `model` as an ordinary LoRA.
 
     It belongs on the dequantised base (`apiq_peft.dequantize`, then `save_pretrained`) or on
-    another copy of the same codes; on the original full-precision model it would correct an error
-    that is not there. `base_model` is the name to write for the base.
+    another copy of the same codes, where `PeftModel.from_pretrained` needs
+    `config=ApiQConfig.of(LoraConfig.from_pretrained(folder))`; on the original full-precision model
+    it would correct an error that is not there. `base_model` is the name to write for the base.
 
     Raises:
         ValueError: there is no such adapter, or it is not ApiQ's, or the folder exists.
