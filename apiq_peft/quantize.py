@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +21,7 @@ from apiq_peft.calibration.capture import Batch
 from apiq_peft.calibration.end_to_end import end_to_end
 from apiq_peft.calibration.engine import Result
 from apiq_peft.calibration.processes import Processes
+from apiq_peft.calibration.progress_files import write_whole
 from apiq_peft.calibration.stacks import Stack
 from apiq_peft.calibration.streaming import ModelFolder
 from apiq_peft.checkpoint import mark_quantized, packed_layers
@@ -193,10 +193,8 @@ def _finish_together(
 
 def _rewrite_factors(peft_model: PeftModel, adapter: Path) -> None:
     state = get_peft_model_state_dict(peft_model)
-    part = adapter / "adapter_model.safetensors.part"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, part, {"format": "pt"})
-    os.replace(part, adapter / "adapter_model.safetensors")
+    write_whole(adapter / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def _tokenised(samples: Any, tokenizer: Any, count: int, length: int, seed: int | None) -> Any:
