@@ -54,11 +54,6 @@ class Result:
     reports: list[BlockReport]
     final: Given
 
-    @property
-    def final_states(self) -> Callable[[int], Tensor]:
-        """What gives the states after the last block, by the number of a batch of this process."""
-        return self.final.states
-
 
 def calibrate(
     model: nn.Module,

@@ -304,7 +304,7 @@ def test_the_final_states_are_those_of_the_full_precision_model() -> None:
     handle.remove()
     result = calibrate(model, batches, config(), preset("fast"), show_progress=False)
     for number, wanted in enumerate(states):
-        assert torch.allclose(result.final_states(number), wanted, atol=1e-6)
+        assert torch.allclose(result.final.states(number), wanted, atol=1e-6)
         ids = batches[number]["input_ids"]
         with giving([result.final], number):  # norm and head are not quantised
             assert torch.allclose(outputs(model, ids), outputs(tiny(), ids), atol=1e-5)
