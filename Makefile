@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python examples/road_finetuning/run.py $(ARGS)
+	@$(BIN)/python examples/road_titles/run.py $(ARGS)
 
 test: $(READY)
 	@echo "== tests"

@@ -12,7 +12,7 @@ import pytest
 
 from recipes_peft import process, tiny
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "road_finetuning" / "run.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "road_titles" / "run.py"
 
 
 @pytest.fixture(autouse=True)
