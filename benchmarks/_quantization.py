@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ SEED = 0
 WARMUP, LARGEST_NORM = 0.1, 1.0  # of the finetuning
 _ADAPTER_BITS = 16  # of a value of A and B
 _CHARACTERS = 16  # of a text, at most, for each token that is needed
+_TIMED = 3  # windows, after a first
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,11 @@ def measure(job: Job) -> Outcome:
         ("finetuned", "perplexity", "", after),
         ("finetuned", "time", "min", tuned_minutes),
     ]
+    if task.settings and task.settings.epochs and task.settings.granularity == "block":
+        passes = task.settings.epochs + task.settings.final_epochs
+        del model, made, task  # room for the gradients
+        ratio = minutes / (passes * _pass_minutes(job, names))
+        facts.append(("quantised", "cost", "of training passes", ratio))
     return Outcome(facts, wrong)
 
 
@@ -170,6 +177,26 @@ def _load(job: Job) -> Any:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job.place, dtype=torch.float32)
     return model.eval().requires_grad_(False).to(job.device)
+
+
+def _pass_minutes(job: Job, names: Collection[str]) -> float:
+    """Time a forward and backward over all samples in full precision, from a few of them.
+
+    Gradients are those of the weights of the layers `names`, as if these were trained.
+    """
+    model = _load(job)
+    for name in names:
+        model.get_submodule(name).weight.requires_grad_(True)
+    samples = job.texts.calibration.to(job.device)
+    seconds = []
+    for ids in samples[: 1 + _TIMED].split(1):
+        started = time.monotonic()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+        if torch.device(job.device).type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - started)
+    return statistics.median(seconds[1:]) * len(samples) / 60
 
 
 def finetune(model: Any, windows: Tensor, how: Protocol) -> None:

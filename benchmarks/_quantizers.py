@@ -22,7 +22,7 @@ from benchmarks._quantizer_walk import assemble, walk, weights_of
 from kernels_peft.packing import FORMATS
 
 FULL_PRECISION, FULL_BITS = "full precision", 16  # counted as it is stored
-LOFTQ, BEST = "loftq", "best"
+LOFTQ, BLOCKWISE, BEST = "loftq", "apiq-bw", "best"
 
 
 def targets(model: Any, blocks: int | None = None) -> list[str]:
@@ -183,6 +183,6 @@ METHODS: dict[str, Method] = {
     "gptq + closed form": Method(partial(_by_inputs, _gptq, True), adapter=True),
     **{
         name: Method(_calibrated, adapter=True, preset=name)
-        for name in ("fast", "apiq-lw", "apiq-bw", BEST)
+        for name in ("fast", "apiq-lw", BLOCKWISE, BEST)
     },
 }

@@ -28,7 +28,7 @@ from benchmarks._process import alone
 from benchmarks._quantization import PROTOCOLS, Job, Outcome, Protocol, Texts, measure, split
 from benchmarks._quantization_plot import plot
 from benchmarks._quantizer_peers import missing
-from benchmarks._quantizers import BEST, FULL_BITS, LOFTQ, METHODS
+from benchmarks._quantizers import BEST, BLOCKWISE, FULL_BITS, LOFTQ, METHODS
 from benchmarks._report import Place, Row, append, read_all, show
 from kernels_peft.packing import FORMATS
 from recipes_peft import assets, boolq, models
@@ -38,6 +38,7 @@ NAME = "quantize"
 AIMS = (
     Aim("2 bits, rank 64: at most 60", BEST, "quantised", "perplexity", 60.0, cases="2 bits", x=64),
     Aim("3 bits, rank 16: at most 29", BEST, "quantised", "perplexity", 29.0, cases="3 bits", x=16),
+    Aim("block by block, at most 2 training passes", BLOCKWISE, "quantised", "cost", 2.0),
     Aim("quantised, below LoftQ", BEST, "quantised", "perplexity", 1.0, LOFTQ),
     Aim("finetuned, below LoftQ", BEST, "finetuned", "perplexity", 1.0, LOFTQ),
 )

@@ -334,8 +334,10 @@ def test_the_command_writes_rows_plot_and_json(run: Run) -> None:
     assert {(r.mode, r.metric) for r in rows} >= {
         (mode, metric) for mode in ("quantised", "finetuned") for metric in ("perplexity", "time")
     }
+    costs = {r.provider: r.p50 for r in rows if r.metric == "cost"}
+    assert costs.keys() == {BEST} and costs[BEST] > 0
     assert Path(summary["png"]).read_bytes().startswith(b"\x89PNG")
-    assert [aim["of"] for aim in summary["aims"]] == [0, 0, 2, 2]  # two are for other ranks
+    assert [aim["of"] for aim in summary["aims"]] == [0, 0, 0, 2, 2]  # others were not run
 
 
 def test_a_run_goes_on_where_it_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
