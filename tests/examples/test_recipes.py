@@ -50,9 +50,10 @@ def test_a_copy_of_the_folder_runs_offline(recipe: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
-def test_a_recipe_is_three_files_and_a_row(recipe: Path) -> None:
+def test_a_recipe_is_three_files_its_modules_and_a_row(recipe: Path) -> None:
     files = {path.name for path in recipe.iterdir() if path.name != "__pycache__"}
-    assert files == {"README.md", "config.yaml", "run.py"}
+    assert files >= {"README.md", "config.yaml", "run.py"}
+    assert all(name.endswith(".py") for name in files - {"README.md", "config.yaml"})
     command = f"python examples/{recipe.name}/run.py"
     config = (recipe / "config.yaml").read_text(encoding="utf-8")
     assert config.startswith(f"# {command}")
