@@ -12,11 +12,11 @@ import torch
 
 SIZES = ("tiny", "quick", "full", "gpu")
 GROUP_SIZE = 64
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BOTH = (FP32, BF16)
 
 # Largest relative error (Frobenius norm) against float64 with which a provider is still timed.
-TOLERANCE = {torch.float64: 1e-10, FP32: 1e-4, BF16: 5e-2}
+TOLERANCE = {torch.float64: 1e-10, FP32: 1e-4, BF16: 5e-2, FP16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ SHAPES = {
     "Llama-3.2-1B": Shape(2048, 8192, 32, 8),
     "Llama-3.2-3B": Shape(3072, 8192, 24, 8),
     "Llama-2-7B": Shape(4096, 11008, 32, 32),
+    "Llama-3-8B": Shape(4096, 14336, 32, 8),
+    "Qwen2.5-7B": Shape(3584, 18944, 28, 4),
 }
 
 
@@ -135,6 +137,29 @@ class ServeCase:
     def adapters(self) -> int:
         """The largest number of different adapters in a batch, at least two."""
         return max(2, self.batch, self.workload_rows, *self.batches)
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """A product with the weight of one layer of a model, packed and not, on several rows.
+
+    At the numbers of rows in `steps` a forward with its backward is measured too.
+    """
+
+    shape: str
+    layer: str
+    rows: tuple[int, ...]
+    steps: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class GridCase:
+    """The weight of one layer of a model, rounded to a grid and back as calibration does."""
+
+    shape: str
+    layer: str
+    dtypes: tuple[torch.dtype, ...] = BOTH
 
 
 TRAIN: dict[str, tuple[LinearCase | StackCase, ...]] = {
@@ -254,5 +279,32 @@ SERVE: dict[str, tuple[ServeCase, ...]] = {
             context=512,
             dtypes=(BF16,),
         ),
+    ),
+}
+
+_EVERY_SIZE = tuple(2**n for n in range(13))  # 1 to 4096
+
+KERNELS: dict[str, tuple[KernelCase | GridCase, ...]] = {
+    "tiny": (KernelCase("tiny", "up", (1, 8), (8,)), GridCase("tiny", "up", (FP32,))),
+    "quick": (
+        KernelCase("Llama-3.2-1B", "q", (1, 16, 256), (256,)),
+        GridCase("Llama-3.2-1B", "q", (FP32,)),
+    ),
+    "full": (
+        KernelCase("Llama-2-7B", "q", (1, 4, 16, 64, 256, 1024, 4096), (256, 1024)),
+        KernelCase("Llama-2-7B", "up", (1, 16, 256)),
+        KernelCase("Llama-3-8B", "k", (1, 16, 256)),
+        KernelCase("Llama-3-8B", "down", (1, 16)),
+        KernelCase("Qwen2.5-7B", "up", (1, 16)),
+        GridCase("Llama-2-7B", "q", (FP32,)),
+    ),
+    "gpu": (
+        KernelCase("Llama-2-7B", "q", _EVERY_SIZE, (16, 256, 4096), (BF16, FP16)),
+        KernelCase("Llama-2-7B", "up", _EVERY_SIZE, (256, 4096), (BF16, FP16)),
+        KernelCase("Llama-2-7B", "down", _EVERY_SIZE, (), (FP16,)),
+        KernelCase("Llama-3-8B", "k", _EVERY_SIZE, (), (FP16,)),
+        KernelCase("Llama-3-8B", "down", _EVERY_SIZE, (), (FP16,)),
+        KernelCase("Qwen2.5-7B", "up", _EVERY_SIZE, (), (FP16,)),
+        GridCase("Llama-2-7B", "up"),
     ),
 }
