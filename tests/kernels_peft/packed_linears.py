@@ -35,6 +35,27 @@ def adapter(K: int, N: int, rank: int, dtype: torch.dtype = torch.float32) -> tu
     return torch.randn(rank, K).to(dtype), torch.randn(N, rank).to(dtype)
 
 
+def adapters(
+    count: int, K: int, N: int, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Draw stacks of A (S, r, K) and B (S, N, r)."""
+    return torch.randn(count, rank, K).to(dtype), torch.randn(count, N, rank).to(dtype)
+
+
+def row_by_row(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, slots: Tensor
+) -> Tensor:
+    """Multiply by a weight (K, N) and add the adapter of each row, one at a time, in float64."""
+    x, weight, lora_a, lora_b = (t.double() for t in (x, weight, lora_a, lora_b))
+    y = x @ weight
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in slots.shape)).tolist():
+        at = tuple(place) if isinstance(place, list) else (place,)
+        slot = int(slots[at])
+        if slot >= 0:
+            y[at] += scale * (x[at] @ lora_a[slot].t()) @ lora_b[slot].t()
+    return y
+
+
 def written_out(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     """Give (code - zero) * scale, entry by entry of a group, in float64: (K, N)."""
     each = codes.shape[0] // scales.shape[0]

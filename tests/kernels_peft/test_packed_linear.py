@@ -183,8 +183,8 @@ def test_opcheck(bits: int, view: Any) -> None:
     bias, lora_x = (torch.randn(s, requires_grad=True) for s in (96, tuple(x.shape)))
     lora_a, lora_b = (t.requires_grad_() for t in adapter(64, 96, 8))
     layer = OPERATORS.packed_linear.default
-    torch.library.opcheck(layer, (x, *packed, bias, bits, lora_a, lora_b, 0.5, lora_x))
-    torch.library.opcheck(layer, (x, *packed, None, bits, None, None, 1.0, None))
+    torch.library.opcheck(layer, (x, *packed, bias, bits, lora_a, lora_b, 0.5, lora_x, None))
+    torch.library.opcheck(layer, (x, *packed, None, bits, None, None, 1.0, None, None))
     grad, d_low = view(torch.randn(3, 96)), torch.randn(x.shape[0], 8)
     backward = OPERATORS.packed_linear_backward.default
     torch.library.opcheck(backward, (grad, *packed, bits, d_low, lora_a.detach()))
@@ -236,10 +236,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": torch.zeros(95)}, r"bias has shape \(95,\)"),
     "dtype of the bias": ({"bias": torch.zeros(96).half()}, "in the dtype of x"),
     "half an adapter": ({"lora_a": torch.zeros(8, 64)}, "give both or neither"),
-    "a branch without one": ({"lora_x": torch.zeros(3, 64)}, "give all three or none"),
+    "a branch without one": ({"lora_x": torch.zeros(3, 64)}, "is given without lora_a and lora_b"),
     "no rank": (
         {"lora_a": torch.zeros(0, 64), "lora_b": torch.zeros(96, 0)},
-        r"a rank r of at least 1",
+        r"\(r, 64\) without slots, with a rank r of at least 1",
     ),
     "inputs of A": (
         {"lora_a": torch.zeros(8, 32), "lora_b": torch.zeros(96, 8)},

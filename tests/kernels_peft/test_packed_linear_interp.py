@@ -9,16 +9,17 @@ import torch
 
 from kernels_peft.packed_linear import (
     dequantize_reference,
-    kernel,
     packed_linear_reference,
     packed_sizes,
 )
 from kernels_peft.packed_linear.kernel import (
-    Tile,
     dequantize_triton,
+    layer,
     packed_linear_backward_triton,
     packed_linear_triton,
+    tiles,
 )
+from kernels_peft.packed_linear.kernel.tiles import Tile
 from kernels_peft.packing import FORMATS
 from tests.helpers import assert_close
 from tests.kernels_peft.interpreter_guard import guarded
@@ -46,17 +47,18 @@ def _guard() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fused_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse float32 as well, which shows the arithmetic without roundings, and cut short sums."""
-    monkeypatch.setattr(kernel, "FUSED_DTYPES", DTYPES)
-    monkeypatch.setattr(kernel, "LEAST_STEPS", 1)
+    monkeypatch.setattr(tiles, "FUSED_DTYPES", DTYPES)
+    monkeypatch.setattr(tiles, "LEAST_STEPS", 1)
+    monkeypatch.setattr(tiles, "processors", lambda device: 128)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small tensors into many tiles."""
-    monkeypatch.setattr(kernel, "FUSED_TILES", ((0, Tile(16, 32, 32, 1, 1)),))
-    monkeypatch.setattr(kernel, "FINISH_TILE", Tile(16, 16, 64, 1, 1))
-    monkeypatch.setattr(kernel, "LOW_TILE", Tile(16, 64, 16, 1, 1))
-    monkeypatch.setattr(kernel, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "FUSED_TILES", ((0, Tile(16, 32, 32, 1, 1)),))
+    monkeypatch.setattr(tiles, "FINISH_TILE", Tile(16, 16, 64, 1, 1))
+    monkeypatch.setattr(tiles, "LOW_TILE", Tile(16, 64, 16, 1, 1))
+    monkeypatch.setattr(tiles, "processors", lambda device: 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,8 +145,8 @@ def test_many_rows_take_the_library(bits: int, monkeypatch: pytest.MonkeyPatch) 
     x, bias, d_low = torch.randn(5, 64), torch.randn(96), torch.randn(5, 8)
     few = packed_linear_triton(x, *packed, bias, bits, lora_a, lora_b, 0.5)
     few_dx = packed_linear_backward_triton(few, *packed, bits, d_low, lora_a)
-    monkeypatch.setattr(kernel, "FUSED_ROWS", 4)
-    monkeypatch.setattr(kernel, "_partials", None)
+    monkeypatch.setattr(tiles, "FUSED_ROWS", 4)
+    monkeypatch.setattr(layer, "product_in_parts", None)
     assert_close(packed_linear_triton(x, *packed, bias, bits, lora_a, lora_b, 0.5), few, "y")
     dx = packed_linear_backward_triton(few, *packed, bits, d_low, lora_a)
     assert_close(dx, few_dx, "gradient of x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,13 +43,16 @@ def packed_linear_reference(
     lora_b: Tensor | None = None,
     scale: float = 1.0,
     lora_x: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Give x W^T + bias + scale (lora_x A^T) B^T for the weight of `dequantize_reference`.
 
-    Without A and B there is no third term; without `lora_x` it takes x.
+    Without A and B there is no third term; without `lora_x` it takes x. With `slots`, a row takes
+    the A and B that its slot names, and has no third term if its slot is negative.
 
     Shapes:
-        x: (..., K). bias: (N,). lora_a: A, (r, K). lora_b: B, (N, r). lora_x: (..., K). Returns
+        x: (..., K). bias: (N,). lora_a: A, (r, K). lora_b: B, (N, r). lora_x: (..., K). slots:
+        (*rows), leading dimensions of x, below S; then A is (S, r, K) and B (S, N, r). Returns
         (..., N), the dtype of x.
     Source:
         ApiQ (arXiv:2402.05147): the layer whose Q and A B^T are calibrated together.
@@ -56,7 +61,16 @@ def packed_linear_reference(
     y = F.linear(x, weight.t(), bias)
     if lora_a is None or lora_b is None:
         return y
-    return y + scale * F.linear(F.linear(x if lora_x is None else lora_x, lora_a), lora_b)
+    branch = x if lora_x is None else lora_x
+    if slots is None:
+        return y + scale * F.linear(F.linear(branch, lora_a), lora_b)
+    if len(lora_a) == 0:
+        return y
+    index = slots.flatten().clamp(min=0).long()
+    rows = branch.reshape(len(index), math.prod(x.shape[slots.dim() : -1]), x.shape[-1])
+    delta = scale * (rows @ lora_a[index].mT @ lora_b[index].mT)
+    absent = (slots < 0).view(*slots.shape, *(1,) * (x.dim() - slots.dim()))
+    return torch.where(absent, y, y + delta.view(y.shape))
 
 
 def packed_sizes(qweight: Tensor, bits: int) -> tuple[int, int]:

@@ -41,14 +41,14 @@ def rotate_by_slot(x: Tensor, table: Tensor, group_sizes: Tensor, slots: Tensor)
         RoAd (arXiv:2409.00119), section 2.2 and eq. 4; group sizes as in PEFT.
     """
     if type(x) in _PLAIN and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check(x, table, group_sizes, slots)
+        check_rotation(x, table, group_sizes, slots)
         if torch.is_grad_enabled() and (x.requires_grad or table.requires_grad):
             return _Eager.apply(x, table, group_sizes, slots)
         return rotate_by_slot_blocked(x, table, group_sizes, slots)
     return _ROTATE(x, table, group_sizes, slots)
 
 
-def _check(x: Tensor, table: Tensor, group_sizes: Tensor, slots: Tensor) -> None:
+def check_rotation(x: Tensor, table: Tensor, group_sizes: Tensor, slots: Tensor) -> None:
     if not x.is_floating_point() or x.dim() < 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it must have at least two"
@@ -86,7 +86,7 @@ def _check(x: Tensor, table: Tensor, group_sizes: Tensor, slots: Tensor) -> None
 def _check_backward(
     grad: Tensor, x: Tensor, table: Tensor, group_sizes: Tensor, slots: Tensor, *flags: bool
 ) -> None:
-    _check(grad, table, group_sizes, slots)
+    check_rotation(grad, table, group_sizes, slots)
     if flags[-1] and (x.shape, x.dtype, x.device) != (grad.shape, grad.dtype, grad.device):
         raise ValueError(
             f"x is {tuple(x.shape)} {x.dtype} on {x.device}, grad {tuple(grad.shape)} {grad.dtype}"
@@ -174,7 +174,7 @@ _ROTATE_BACKWARD = define(
 
 _ROTATE = define(
     "rotate_by_slot(Tensor x, Tensor table, Tensor group_sizes, Tensor slots) -> Tensor",
-    check=_check,
+    check=check_rotation,
     fake=_fake,
     implementation=rotate_by_slot_blocked,
     cuda=_CUDA,
