@@ -22,7 +22,8 @@ def test_a_copy_of_the_folder_runs_offline(recipe: Path, tmp_path: Path) -> None
     shutil.copytree(recipe, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     data = tmp_path / "own.jsonl"
     data.write_text(
-        "".join(f'{{"prompt": "say {i}", "answer": "{i}"}}\n' for i in range(24)), encoding="utf-8"
+        "".join(f'{{"prompt": "say {i}", "answer": "число {i}"}}\n' for i in range(24)),
+        encoding="utf-8",
     )
     environment = {
         **os.environ,
@@ -40,12 +41,8 @@ def test_a_copy_of_the_folder_runs_offline(recipe: Path, tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "copy",
-        "cache",
-        "own.jsonl",
-        "demo-output",
-    }
+    written = {path.name for path in tmp_path.iterdir()} - {"cache"}
+    assert written == {"copy", "own.jsonl", "demo-output"}
     assert (tmp_path / "demo-output" / "results.json").exists()
 
 

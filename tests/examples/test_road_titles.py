@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -62,9 +63,15 @@ def test_it_learns_saves_reloads_and_merges(capsys: pytest.CaptureFixture[str]) 
     assert "held-out" in shown.err
 
 
-def test_the_settings_of_the_paper_run() -> None:
-    # 30 examples, 6 epochs, batches of 32 in pieces of 8, in bfloat16
-    assert run("--paper", "--model", "tiny", "--data", "tiny", "--max-new-tokens", "2") == 0
+def test_epochs_and_half_precision() -> None:
+    # 30 examples, 6 epochs, batches of 32 in pieces of 8
+    sizes = ("--epochs", "6", "--batch-size", "32", "--micro-batch-size", "8")
+    Path("no-steps.yaml").write_text(
+        re.sub("(?m)^  steps: .*", "  steps: null", SCRIPT.with_name("config.yaml").read_text())
+    )
+    given = ("--config", "no-steps.yaml", "--smoke", "--dtype", "bfloat16", *sizes)
+    assert run(*given) == 0
+    assert results()["settings"]["steps"] is None
     assert results()["settings"]["dtype"] == "bfloat16"
     assert results()["check"]["merge_agrees"]
 
