@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import apiq_peft
 from recipes_peft import process, tiny
+from tests.examples import _recipes
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "apiq_finetune" / "run.py"
 SMALL = ("--calibration-samples", "2", "--calibration-length", "16", "--calibration-epochs", "1")
 
 
@@ -31,15 +29,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*argv: str) -> int:
-    """Run the script with these arguments; gives its exit status."""
-    before = sys.argv
-    sys.argv = [str(SCRIPT), *argv]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
+    return _recipes.run("apiq_finetune", *argv)
 
 
 def results() -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import random
-import runpy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +17,13 @@ from recipes_peft import tiny
 from recipes_peft.data import Encoded
 from recipes_peft.errors import UserError
 from recipes_peft.parallel import Pair
-
-FOLDER = Path(__file__).parents[2] / "examples" / "finetuning_paradox"
-MODULES = ("formality", "literalness", "stream", "retention", "probes", "corpus", "retained")
+from tests.examples import _recipes
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the recipe, which stand beside its script, as that imports them."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def recipe() -> Iterator[SimpleNamespace]:
+    with _recipes.beside("finetuning_paradox") as modules:
+        yield modules
 
 
 def contrast(recipe: Any, formal: str = "Kommen Sie", informal: str = "Komm du") -> Any:
@@ -206,15 +198,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(recipe: Any, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "run.py"), "--smoke", *argv])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
-    return int(ended.value.code or 0)
+def run(*argv: str) -> int:
+    return _recipes.run("finetuning_paradox", "--smoke", *argv)
 
 
 def test_a_run_with_all_probes_and_its_resumption(
-    recipe: Any, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    recipe: Any, elsewhere: Path, capsys: Any
 ) -> None:
     for part in ("train", "test"):
         folder = elsewhere / "cocoa" / part / "en-es"
@@ -233,7 +222,7 @@ def test_a_run_with_all_probes_and_its_resumption(
     (elsewhere / "words.tsv").write_text("cat\tgato\n", encoding="utf-8")
     options = ["--formality", "cocoa", "--pronouns", "pronouns.jsonl", "--dictionary", "words.tsv"]
     arms = ["--arms", "full-par", "full-control", "full-mix", "road-total", "apiq-par"]
-    assert run(recipe, monkeypatch, *options, *arms) == 0
+    assert run(*options, *arms) == 0
     out = elsewhere / "demo-output"
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["able"].keys() == {"few-shot", "context", "steer"}
@@ -246,7 +235,7 @@ def test_a_run_with_all_probes_and_its_resumption(
     assert [point["parallel"] for point in mixed["checkpoints"]] == [8, 16]
     assert 0.4 < mixed["token_share"] < 0.9
     capsys.readouterr()
-    assert run(recipe, monkeypatch, *options, *arms) == 0
+    assert run(*options, *arms) == 0
     assert capsys.readouterr().out.count("found in") == 6
 
 
@@ -263,10 +252,9 @@ def test_a_run_with_all_probes_and_its_resumption(
 def test_bad_input_is_one_sentence(
     recipe: Any,
     elsewhere: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
     argv: tuple[str, ...],
     told: str,
 ) -> None:
-    assert run(recipe, monkeypatch, *argv) == 2
+    assert run(*argv) == 2
     assert told in capsys.readouterr().err

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -22,22 +20,18 @@ from transformers import PreTrainedTokenizerFast
 from recipes_peft import data, tiny
 from recipes_peft.errors import UserError
 from recipes_peft.parallel import Pair, tiny_pairs
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "ikun"
-MODULES = [path.stem for path in FOLDER.glob("*.py")]
+with _recipes.beside("ikun") as _modules:
+    VOCABULARY = _modules.vocabulary  # for hypothesis, which takes no fixture of a function
 RUSSIAN = ["мама мыла раму", "мама мыла окно", "папа мыл раму", "папа и мама мыли окно"] * 3
 ENGLISH = ["the cat sat on the mat", "the man ran to the van"]
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the recipe, which stand beside its script, as that imports them."""
-    for name in MODULES:
-        sys.modules.pop(name, None)  # another recipe's
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def recipe() -> Iterator[SimpleNamespace]:
+    with _recipes.beside("ikun") as modules:
+        yield modules
 
 
 # ---- vocabulary ---------------------------------------------------------------------------------
@@ -64,11 +58,7 @@ WORDS = st.dictionaries(
 
 @given(words=WORDS)
 def test_merges_are_those_of_counting_anew_every_time(words: Any) -> None:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        vocabulary = importlib.import_module("vocabulary")
-    finally:
-        sys.path.remove(str(FOLDER))
+    vocabulary = VOCABULARY
     cut, wanted = {word: list(word) for word in words}, []
     while len({"".join(pair) for pair in wanted}) < 5:
         counts: Counter[tuple[str, str]] = Counter()

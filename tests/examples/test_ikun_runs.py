@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -17,9 +16,8 @@ from accelerate import Accelerator
 
 from recipes_peft import data, errors, loop, tiny
 from recipes_peft.data import Encoded
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "ikun"
-MODULES = [path.stem for path in FOLDER.glob("*.py")]
 RUSSIAN = ["мама мыла раму", "мама мыла окно", "папа мыл раму"] * 4
 
 
@@ -29,12 +27,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    for name in MODULES:
-        sys.modules.pop(name, None)  # another recipe's
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with _recipes.beside("ikun") as modules:
+        yield modules
 
 
 # ---- stages -------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ def test_what_was_promised_of_health(recipe: Any) -> None:
 
 
 def run(recipe: Any, monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "run.py"), *argv])
+    monkeypatch.setattr(sys, "argv", ["run.py", *argv])
     return errors.run(recipe.run.main)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,25 +16,10 @@ from torch import nn
 
 from apiq_peft import ApiQConfig
 from road_peft import RoadConfig
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "neuron_specialization"
-
-
-def load_recipe() -> dict[str, ModuleType]:
-    """Import the modules of the recipe, and leave their common names to other recipes."""
-    names = [path.stem for path in FOLDER.glob("*.py")]
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return {name: importlib.import_module(name) for name in names}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
-
-
-RECIPE = load_recipe()
+with _recipes.beside("neuron_specialization") as _modules:
+    RECIPE: dict[str, ModuleType] = vars(_modules)
 selection, masking, lass = RECIPE["selection"], RECIPE["masking"], RECIPE["lass"]
 translator, directions, overlaps = RECIPE["translator"], RECIPE["directions"], RECIPE["overlaps"]
 COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=12)

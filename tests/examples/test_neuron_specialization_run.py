@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from recipes_peft import errors
 from recipes_peft.parallel import Pair
-from tests.examples.test_neuron_specialization import FOLDER, RECIPE, tiny_model
+from tests.examples.test_neuron_specialization import RECIPE, tiny_model
 
 arms, directions, masking = RECIPE["arms"], RECIPE["directions"], RECIPE["masking"]
 results, translator = RECIPE["results"], RECIPE["translator"]
@@ -32,7 +32,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "run.py"), *argv])
+    monkeypatch.setattr(sys, "argv", ["run.py", *argv])
     return errors.run(RECIPE["run"].main)
 
 

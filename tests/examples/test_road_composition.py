@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ import torch
 from recipes_peft import tiny
 from recipes_peft.data import Example
 from road_peft import Interventions, RoadInterventionConfig, RoadInterventionModel
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "road_composition"
+SCRIPT = _recipes.EXAMPLES / "road_composition" / "run.py"
 HALVES = {"a": (0.0, 0.5), "b": (0.5, 1.0)}
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
 SUBSPACES = [["a"], [], ["a", "b"]]
@@ -27,24 +27,8 @@ SUBSPACES = [["a"], [], ["a", "b"]]
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[SimpleNamespace]:
-    """Import the modules of the recipe, as its script does."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import composing
-        import loreft
-        import prefixes
-        import scores
-        import skills
-
-        yield SimpleNamespace(
-            composing=composing, loreft=loreft, prefixes=prefixes, scores=scores, skills=skills
-        )
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
+    with _recipes.beside("road_composition") as modules:
+        yield modules
 
 
 def _wrapped(**settings: Any) -> RoadInterventionModel:
@@ -259,7 +243,7 @@ def _run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
         "PIP_NO_INDEX": "1",
     }
     return subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), *argv],
+        [sys.executable, str(SCRIPT), *argv],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -287,10 +271,10 @@ def test_it_trains_measures_and_goes_on_where_it_ended(
     (out / "halves-0.json").write_text(json.dumps(kept))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    assert _call(monkeypatch, "--smoke", "--seeds", "1", "--arms", "halves") == 0
+    assert _call("--smoke", "--seeds", "1", "--arms", "halves") == 0
     found = json.loads((out / "results.json").read_text())
     assert found["rates"]["halves"]["both"][0]["both"] == 0.75  # kept, not run again
-    assert _call(monkeypatch, "--smoke", "--seeds", "1", "--arms", "halves", "--epochs", "2") == 0
+    assert _call("--smoke", "--seeds", "1", "--arms", "halves", "--epochs", "2") == 0
     found = json.loads((out / "results.json").read_text())
     assert found["rates"]["halves"]["both"][0]["both"] == 0
 
@@ -301,22 +285,18 @@ def test_it_trains_measures_and_goes_on_where_it_ended(
     Path("feedback.json").write_text(json.dumps(asked))
     argv = ("--paper", "--model", "tiny", "--layer", "1", "--data", "de.jsonl")
     argv += ("--data-b", "feedback.json", "--seeds", "1", "--examples", "4", "--epochs", "1")
-    assert _call(monkeypatch, *argv, "--max-new-tokens", "4", "--out", "paper") == 0
+    assert _call(*argv, "--max-new-tokens", "4", "--out", "paper") == 0
     found = json.loads(Path("paper/results.json").read_text())
     assert set(found["rates"]) == {"halves", "loreft", "multiplied"}
     assert all(found["promises"].values())
 
     capsys.readouterr()
-    assert _call(monkeypatch, "--smoke", "--layer", "2") == 2
+    assert _call("--smoke", "--layer", "2") == 2
     assert "layer is 2; the model's are 0 to 1" in capsys.readouterr().err
-    assert _call(monkeypatch, "--smoke", "--examples", "500") == 2
+    assert _call("--smoke", "--examples", "500") == 2
     assert "1000 are needed" in capsys.readouterr().err
 
 
-def _call(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    """Run the script in this process; gives its exit status."""
-    monkeypatch.setattr(sys, "argv", [str(FOLDER / "run.py"), *argv])
-    monkeypatch.syspath_prepend(str(FOLDER))
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
-    return int(ended.value.code or 0)
+def _call(*argv: str) -> int:
+    with _recipes.beside("road_composition"):
+        return _recipes.run("road_composition", *argv)

@@ -13,23 +13,15 @@ from types import ModuleType
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "road_composition"
+from tests.examples import _recipes
+
+SCRIPT = _recipes.EXAMPLES / "road_composition" / "run.py"
 
 
 @pytest.fixture(scope="module")
 def toys() -> Iterator[ModuleType]:
-    """Import the recipe's toys, as its script does."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import toys
-
-        yield toys
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
+    with _recipes.beside("road_composition") as modules:
+        yield modules.toys
 
 
 def test_the_inputs_and_the_task(toys: ModuleType) -> None:
@@ -81,7 +73,7 @@ def test_the_statistical_toy(toys: ModuleType, kind: str) -> None:
 
 
 def test_the_toys_run_and_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "run.py"), "--smoke", "--toy"]
+    command = [sys.executable, str(SCRIPT), "--smoke", "--toy"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

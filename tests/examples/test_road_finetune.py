@@ -5,23 +5,14 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes_peft import loop
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "road_finetune"
-MODULES = (
-    "answer_protocol",
-    "glue_protocol",
-    "finetune_arms",
-    "finetune_cells",
-    "finetune_results",
-)
 LITTLE = ("--smoke", "--steps", "2", "--evaluate-every", "1", "--seeds", "1")
 
 
@@ -30,22 +21,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with _recipes.beside("road_finetune"):
+        yield
 
 
 def run(*argv: str) -> int:
-    """Run the script with these arguments; gives its exit status."""
-    before = sys.argv
-    sys.argv = [str(FOLDER / "run.py"), *argv]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
+    return _recipes.run("road_finetune", *argv)
 
 
 def results() -> dict[str, Any]:

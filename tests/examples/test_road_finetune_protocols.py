@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import lzma
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,24 +23,13 @@ from transformers import (
 
 from recipes_peft import tiny
 from recipes_peft.errors import UserError
-
-FOLDER = Path(__file__).parents[2] / "examples" / "road_finetune"
-MODULES = (
-    "answer_protocol",
-    "glue_protocol",
-    "finetune_arms",
-    "finetune_cells",
-    "finetune_results",
-)
+from tests.examples import _recipes
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of the recipe, which stand beside its script, as that imports them."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def recipe() -> Iterator[SimpleNamespace]:
+    with _recipes.beside("road_finetune") as modules:
+        yield modules
 
 
 # ---- parameters ---------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ import torch
 
 from recipes_peft import data, encoders
 from recipes_peft.errors import UserError
-
-FOLDER = Path(__file__).parents[2] / "examples" / "road_study"
+from tests.examples import _recipes
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +25,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in [name for name in sys.modules if name.startswith("study_")]:
-        del sys.modules[name]
+    with _recipes.beside("road_study"):
+        yield
 
 
 def module(name: str) -> Any:
@@ -352,15 +348,7 @@ def test_promises_about_heads() -> None:
 
 
 def run(*argv: str) -> int:
-    """Run the script with these arguments; gives its exit status."""
-    before = sys.argv
-    sys.argv = ["run.py", *argv]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
+    return _recipes.run("road_study", *argv)
 
 
 def test_it_compares_keeps_and_resumes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes_peft import process, tiny
+from tests.examples import _recipes
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "road_titles" / "run.py"
+SCRIPT = _recipes.EXAMPLES / "road_titles" / "run.py"
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*argv: str) -> int:
-    """Run the script with these arguments; gives its exit status."""
-    before = sys.argv
-    sys.argv = [str(SCRIPT), *argv]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
+    return _recipes.run("road_titles", *argv)
 
 
 def results() -> dict[str, Any]:

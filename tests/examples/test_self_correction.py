@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,25 +17,24 @@ from transformers import TrainingArguments
 
 from recipes_peft import parallel, tiny, translation
 from recipes_peft.data import collate
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "self_correction"
-sys.path.insert(0, str(FOLDER))
-
-import correction  # noqa: E402 - the recipe's own modules
-from correction import (  # noqa: E402
-    CorrectedTrainer,
-    CrossEntropy,
-    ErrorNormTruncation,
-    SelfCorrectionLoss,
-    TruncationLoss,
-    certainty,
-    cross_entropy,
-    error_norm,
-    label_mass,
-    selected,
-    sharpened,
-    trust,
-)
+with _recipes.beside("self_correction"):
+    import correction
+    from correction import (
+        CorrectedTrainer,
+        CrossEntropy,
+        ErrorNormTruncation,
+        SelfCorrectionLoss,
+        TruncationLoss,
+        certainty,
+        cross_entropy,
+        error_norm,
+        label_mass,
+        selected,
+        sharpened,
+        trust,
+    )
 
 # ---- equations ----------------------------------------------------------------------------------
 
@@ -277,7 +274,6 @@ def test_a_teacher_is_the_model_without_its_adapter(tmp_path: Path) -> None:
 
 # ---- the script ---------------------------------------------------------------------------------
 
-SCRIPT = FOLDER / "run.py"
 FEW = ("--smoke", "--tuners", "road", "--steps", "2", "--checks", "2", "--test-pairs", "2")
 FEW += ("--warm-steps", "0", "--train-pairs", "24", "--check-pairs", "8")
 
@@ -291,14 +287,8 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*argv: str) -> int:
-    before = sys.argv
-    sys.argv = [str(SCRIPT), *argv]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
+    with _recipes.beside("self_correction"):
+        return _recipes.run("self_correction", *argv)
 
 
 def results() -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,26 +12,25 @@ import torch
 from recipes_peft import parallel, tiny, translation
 from recipes_peft.errors import UserError
 from recipes_peft.parallel import Pair
+from tests.examples import _recipes
 
-FOLDER = Path(__file__).parents[2] / "examples" / "self_correction"
-sys.path.insert(0, str(FOLDER))
-
-from correcting import Watch  # noqa: E402 - the recipe's own modules
-from correction import SelfCorrectionLoss  # noqa: E402
-from correction_arms import Run, plan  # noqa: E402
-from correction_report import TRUSTED, exact, grouped, promises, verdict  # noqa: E402
-from misalignment import (  # noqa: E402
-    auroc,
-    band_of,
-    char_tfidf,
-    embed,
-    filter_scores,
-    keep_best,
-    simulate_misalignment,
-    without_repeats,
-)
-from noisy_corpus import chunks, part, prepare  # noqa: E402
-from self_knowledge import TEMPERATURES, Tokens, check, matched, row_losses, tokens  # noqa: E402
+with _recipes.beside("self_correction"):
+    from correcting import Watch
+    from correction import SelfCorrectionLoss
+    from correction_arms import Run, plan
+    from correction_report import TRUSTED, exact, grouped, promises, verdict
+    from misalignment import (
+        auroc,
+        band_of,
+        char_tfidf,
+        embed,
+        filter_scores,
+        keep_best,
+        simulate_misalignment,
+        without_repeats,
+    )
+    from noisy_corpus import chunks, part, prepare
+    from self_knowledge import TEMPERATURES, Tokens, check, matched, row_losses, tokens
 
 # ---- noise --------------------------------------------------------------------------------------
 
