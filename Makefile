@@ -48,6 +48,7 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.ops --quick
 	@$(BIN)/python -m benchmarks.serve --quick
 	@$(BIN)/python -m benchmarks.quantize --quick
+	@$(BIN)/python -m benchmarks.kernels --quick
 
 clean:
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

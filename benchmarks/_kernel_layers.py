@@ -19,11 +19,10 @@ from apiq_peft import PackedLinear
 from apiq_peft.layer import pack_layer
 from benchmarks import _kernel_peers as peers
 from benchmarks._cases import BF16, FP16, FP32, GROUP_SIZE
-from kernels_peft.packing import FORMATS, pack
+from kernels_peft.packing import FORMATS
 
 RANK, LORA_SCALE = 16, 2.0
 _WEIGHT_STD = 0.02
-BAGS_ROWS = 64  # more rows take many times as long as with any other provider
 
 LINEAR, PACKED, LORA = "linear", "packed", "packed + lora"
 
@@ -44,7 +43,7 @@ class Weight:
         """Give the packed layer of a width."""
         if bits not in self._packed:
             layer = pack_layer(self.linear, bits, GROUP_SIZE, "asymmetric")
-            self._packed[bits] = layer.to(self.device, self.dtype)
+            self._packed[bits] = layer.to(self.device, self.dtype).eval()
         return self._packed[bits]
 
     @cached_property
@@ -81,7 +80,6 @@ class Provider:
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
     devices: tuple[str, ...] = ("cpu", "cuda")
     needs: str = ""  # the package
-    most_rows: int | None = None
 
 
 def _linear(weight: Weight, bits: int) -> Layer:
@@ -111,7 +109,7 @@ class WithLora(nn.Module):
 
 def _with_lora(weight: Weight, bits: int) -> Layer:
     base = weight.packed(bits)
-    module = WithLora(base, weight.dtype)
+    module = WithLora(base, weight.dtype).eval()
     return Layer(
         module,
         partial(base.dequantize, torch.float32),
@@ -147,55 +145,6 @@ def _torch_int4(weight: Weight, bits: int) -> Layer:
     )
 
 
-class EmbeddingBags(nn.Module):
-    """Codes packed along the outputs, summed by torch's quantised embedding bags.
-
-    A bag is a group of inputs for one row of x, whose entries weight the codes; what the codes of
-    an input stand for is 1 * code + 0. Scales and zero points come in afterwards, for each group.
-    """
-
-    zeros: Tensor
-    scales: Tensor
-
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        codes = packed.codes()
-        self.groups, self.product = packed.scales.shape[0], _BAGS[packed.bits]
-        inputs = pack(codes.codes.t(), packed.bits, dim=1).view(torch.uint8)
-        one = torch.tensor([1.0, 0.0]).half().view(torch.uint8).expand(len(inputs), -1)
-        self.register_buffer("inputs", torch.cat((inputs, one), 1))
-        self.register_buffer("zeros", codes.zeros.t().contiguous())
-        self.register_buffer("scales", codes.scales.t().contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        M, K = x.shape
-        bags = x.float().view(M, self.groups, -1).transpose(0, 1)  # (G, M, g)
-        which = torch.arange(K, dtype=torch.int32).view(self.groups, 1, -1).expand_as(bags)
-        starts = torch.arange(0, M * K + 1, K // self.groups, dtype=torch.int32)
-        sums = self.product(
-            self.inputs, which.reshape(-1), starts, False, 0, False, bags.reshape(-1), None, True
-        ).view(self.groups, M, -1)
-        sums.addcmul_(bags.sum(-1, keepdim=True), self.zeros.float().unsqueeze(1), value=-1)
-        return sums.mul_(self.scales.float().unsqueeze(1)).sum(0).to(x.dtype)
-
-
-_BAGS: dict[int, Any] = {
-    2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets,
-    4: torch.ops.quantized.embedding_bag_4bit_rowwise_offsets,
-}
-
-
-def _bags(weight: Weight, bits: int) -> Layer:
-    packed = weight.packed(bits)
-    module = EmbeddingBags(packed)
-    return Layer(
-        module,
-        partial(packed.dequantize, torch.float32),
-        stored_bytes(module),
-        differentiable=False,
-    )
-
-
 def _peer(make: Callable[..., peers.Made], weight: Weight, bits: int) -> Layer:
     made = make(weight.linear, weight.packed(bits), weight.dtype)
     stored = made.stored or stored_bytes(made.module)
@@ -214,7 +163,6 @@ LAYERS: dict[str, Provider] = {
     PACKED: Provider(_packed),
     LORA: Provider(_with_lora),
     "torch int4": Provider(_torch_int4, (4,), (BF16,), ("cpu",)),
-    "torch bags": Provider(_bags, (2, 4), (FP32, BF16), ("cpu",), most_rows=BAGS_ROWS),
     "bitsandbytes": Provider(partial(_peer, peers.bitsandbytes), (4,), needs="bitsandbytes"),
     "gptqmodel torch": Provider(
         partial(_peer, peers.gptqmodel_torch), dtypes=NARROW, needs="gptqmodel"

@@ -112,7 +112,6 @@ def _layer_points(
     name: str, case: KernelCase, weight: Weight, machine: Machine, bits: Sequence[int]
 ) -> Iterator[Point]:
     layers = {}
-    most = {}
     for key, provider, width in chosen(bits, weight.dtype, weight.device):
         if missing(provider.needs):
             _say(f"not measured: {key}, which needs {provider.needs}; it is not installed")
@@ -124,7 +123,6 @@ def _layer_points(
                 raise
             _say(f"not measured: {key}, whose package failed: {error}")
             continue
-        most[key] = provider.most_rows
     cold = {key: _cold(layer, weight.device) for key, layer in layers.items()}
     for rows in case.rows:
         x = torch.randn(rows, weight.linear.in_features, device=weight.device).to(weight.dtype)
@@ -134,9 +132,8 @@ def _layer_points(
             layer = layers[label(LORA, width)]
             subjects[label(FLOOR, width)] = _floor(machine, layer, x, cotangent)
         for key, layer in layers.items():
-            if rows <= (most[key] or rows):
-                step = layer.differentiable and rows in case.steps
-                subjects[key] = _subject(layer, cold[key], x, cotangent, machine, step)
+            step = layer.differentiable and rows in case.steps
+            subjects[key] = _subject(layer, cold[key], x, cotangent, machine, step)
         rounds = _LONG_ROUNDS if rows >= _LONG_ROWS and weight.device.type == "cpu" else None
         yield Point(name, rows, TOLERANCE[x.dtype], LINEAR, subjects, TOTALS, rounds)
 

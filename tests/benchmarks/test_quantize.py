@@ -335,7 +335,8 @@ def test_the_command_writes_rows_plot_and_json(run: Run) -> None:
         (mode, metric) for mode in ("quantised", "finetuned") for metric in ("perplexity", "time")
     }
     costs = {r.provider: r.p50 for r in rows if r.metric == "cost"}
-    assert costs.keys() == {BEST} and costs[BEST] > 0
+    assert costs.keys() == {BEST}
+    assert costs[BEST] > 0
     assert Path(summary["png"]).read_bytes().startswith(b"\x89PNG")
     assert [aim["of"] for aim in summary["aims"]] == [0, 0, 0, 2, 2]  # others were not run
 
