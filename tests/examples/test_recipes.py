@@ -22,7 +22,10 @@ def test_a_copy_of_the_folder_runs_offline(recipe: Path, tmp_path: Path) -> None
     shutil.copytree(recipe, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     data = tmp_path / "own.jsonl"
     data.write_text(
-        "".join(f'{{"prompt": "say {i}", "answer": "число {i}"}}\n' for i in range(24)),
+        "".join(
+            f'{{"prompt": "say {i}", "answer": "{i}", "source": "say {i}", "target": "число {i}"}}\n'
+            for i in range(24)
+        ),
         encoding="utf-8",
     )
     environment = {
