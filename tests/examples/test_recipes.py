@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,13 +22,11 @@ IDS = [path.name for path in RECIPES]
 def test_a_copy_of_the_folder_runs_offline(recipe: Path, tmp_path: Path) -> None:
     shutil.copytree(recipe, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     data = tmp_path / "own.jsonl"
-    data.write_text(
-        "".join(
-            f'{{"prompt": "say {i}", "answer": "{i}", "source": "say {i}", "target": "число {i}"}}\n'
-            for i in range(24)
-        ),
-        encoding="utf-8",
-    )
+    rows = [
+        {"prompt": f"say {i}", "answer": f"{i}", "source": f"say {i}", "target": f"число {i}"}
+        for i in range(24)
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
