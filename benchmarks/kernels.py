@@ -124,6 +124,10 @@ def _layer_points(
             _say(f"not measured: {key}, whose package failed: {error}")
             continue
     cold = {key: _cold(layer, weight.device) for key, layer in layers.items()}
+    first = torch.zeros(1, weight.linear.in_features, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():  # what a layer makes when it is first used is not timed
+        for module in itertools.chain.from_iterable(cold.values()):
+            module(first)
     for rows in case.rows:
         x = torch.randn(rows, weight.linear.in_features, device=weight.device).to(weight.dtype)
         cotangent = torch.randn(rows, weight.linear.out_features, device=weight.device).to(x.dtype)

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels_peft.packing import pack, unpack
+from kernels_peft.packed_linear.reference import packed_sizes
+from kernels_peft.packing import RUN, unpack
 
 # With more rows the blocks of `blocked.py` are faster: they write each block out once for all.
 MOST_ROWS = 8
+_INPUTS = 256  # whose codes are unpacked at a time, a multiple of RUN
 _FIELDS = {2: 2, 3: 4, 4: 4}
 _SUMS: dict[int, Any] = {
     2: torch.ops.quantized.embedding_bag_2bit_rowwise_offsets,
@@ -48,9 +50,16 @@ def along_outputs(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int) ->
         qweight: (K bits / 32, N). qzeros: (G, N bits / 32). scales: (G, N).
     """
     field = _FIELDS[bits]
-    codes = pack(unpack(qweight, bits), field, dim=1).view(torch.uint8)
-    plain = torch.tensor([1.0, 0.0], dtype=torch.float16).view(torch.uint8)
-    table = torch.cat((codes, plain.expand(len(codes), -1)), 1)
+    (K, N), each = packed_sizes(qweight, bits), 8 // field  # codes of a byte
+    table = torch.empty(K, N // each + 4, dtype=torch.uint8)
+    table[:, N // each :] = torch.tensor([1.0, 0.0], dtype=torch.float16).view(torch.uint8)
+    for start in range(0, K, _INPUTS):
+        words = qweight[start * bits // RUN : (start + _INPUTS) * bits // RUN]
+        codes = unpack(words, bits).unflatten(1, (-1, each))
+        packed = codes[..., 0].clone()
+        for place in range(1, each):
+            packed |= codes[..., place] << (field * place)
+        table[start : start + _INPUTS, : N // each] = packed
     return AlongOutputs(field, table, unpack(qzeros, bits, dim=1), scales.float())
 
 
