@@ -231,9 +231,8 @@ class Maker:
         return self._written(model, rows, max_new_tokens)
 
     def _written(self, model: Any, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-        """Generate; a base model goes on with another example, so its first line counts."""
         answers = loop.generate(model, self.tokenizer, rows, max_new_tokens, self.batch_size)
-        return [text.removesuffix(" ...").strip().split("\n")[0].strip() for text in answers]
+        return [translation.first_line(answer) for answer in answers]
 
     def _difference(
         self, pairs: Sequence[Pair], bare: Sequence[Encoded], shown: Sequence[Encoded]

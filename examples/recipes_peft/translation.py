@@ -19,7 +19,7 @@ from recipes_peft.data import Encoded, Example
 from recipes_peft.errors import UserError, explained
 from recipes_peft.parallel import LANGUAGES, Pair
 
-__all__ = ["Scores", "comet", "encode", "prompt", "score", "translate"]
+__all__ = ["Scores", "comet", "encode", "first_line", "prompt", "score", "translate"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,13 @@ def translate(
     prompts = (prompt(source, source_language, target_language) for source in sources)
     rows = [Encoded(tokenizer(text).input_ids, []) for text in prompts]
     answers = loop.generate(model, tokenizer, rows, max_new_tokens, batch_size)
+    return [first_line(answer) for answer in answers]
+
+
+def first_line(answer: str) -> str:
+    """Give what counts of a generated answer: a base model goes on with another example."""
     # what was cut off is marked, for a reader and not for a score
-    return [answer.removesuffix(" ...").strip().split("\n")[0].strip() for answer in answers]
+    return answer.removesuffix(" ...").strip().split("\n")[0].strip()
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> Scores:

@@ -41,3 +41,10 @@ def run(recipe: str, *argv: str) -> int:
     finally:
         sys.argv = before
     return int(ended.value.code or 0)
+
+
+def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in an empty folder, with a cache of its own and without packages to download."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ROAD_APIQ_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")

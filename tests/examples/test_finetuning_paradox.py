@@ -192,9 +192,7 @@ def test_likelihood_probes_are_those_of_one_row_at_a_time(recipe: Any) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    _recipes.elsewhere(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -24,9 +24,7 @@ RUSSIAN = ["мама мыла раму", "мама мыла окно", "папа
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """The modules of the recipe, which stand beside its script, as that imports them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    _recipes.elsewhere(tmp_path, monkeypatch)
     with _recipes.beside("ikun") as modules:
         yield modules
 

@@ -18,9 +18,7 @@ LITTLE = ("--smoke", "--steps", "2", "--evaluate-every", "1", "--seeds", "1")
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    _recipes.elsewhere(tmp_path, monkeypatch)
     with _recipes.beside("road_finetune"):
         yield
 

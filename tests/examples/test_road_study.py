@@ -22,9 +22,7 @@ from tests.examples import _recipes
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    _recipes.elsewhere(tmp_path, monkeypatch)
     with _recipes.beside("road_study"):
         yield
 

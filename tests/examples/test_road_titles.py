@@ -17,9 +17,7 @@ SCRIPT = _recipes.EXAMPLES / "road_titles" / "run.py"
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROAD_APIQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    _recipes.elsewhere(tmp_path, monkeypatch)
     # The copied folder in test_recipes.py has the new process; here the check is a call.
     monkeypatch.setattr(process, "run_alone", lambda _, argv: run(*argv))
 
