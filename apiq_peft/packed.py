@@ -10,12 +10,7 @@ from torch.nn import functional as F
 
 from apiq_peft.quantizer import SCALE_DTYPE, Codes, check
 from kernels_peft.packed_linear import check_packed, dequantize, packed_linear
-from kernels_peft.packed_linear.few_rows import (
-    MOST_ROWS,
-    AlongOutputs,
-    along_outputs,
-    few_rows_product,
-)
+from kernels_peft.packed_linear.few_rows import AlongOutputs, Copy, Words, copy_for
 from kernels_peft.packing import RUN, pack, unpack
 
 
@@ -24,8 +19,8 @@ class PackedLinear(nn.Module):
 
     The tensors are those of GPTQ's format 2, without `g_idx`: groups lie in order. No copy of the
     weight in floating point is kept; the backward dequantises it again. On a CPU a layer that has
-    met few rows without a gradient keeps its codes a second time, packed along the outputs, in
-    which order these rows are multiplied several times faster; `train()` drops them.
+    met few rows without a gradient keeps its codes a second time, in an order in which these rows
+    are multiplied several times faster; `train()` drops them.
 
     Shapes:
         qweight: (K bits / 32, N), int32. qzeros: (K / g, N bits / 32), int32. scales: (K / g, N),
@@ -52,7 +47,7 @@ class PackedLinear(nn.Module):
             ValueError: sizes that cannot be packed.
         """
         super().__init__()
-        self._along_outputs: tuple[list[tuple[int, int]], AlongOutputs] | None = None
+        self._copied: tuple[list[object], AlongOutputs | Words] | None = None
         check(bits, group_size, "asymmetric", in_features)
         if in_features % RUN or out_features % RUN:
             raise ValueError(
@@ -126,9 +121,10 @@ class PackedLinear(nn.Module):
             x, lora_x: (..., K). lora_a: (r, K). lora_b: (N, r). Returns (..., N).
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self._has_few_rows(x, lora_a, lora_b, lora_x):
+        kind = copy_for(self.bits, self.group_size, x.dtype)
+        if self._has_few_rows(kind, x, lora_a, lora_b, lora_x):
             rows = x.reshape(-1, self.in_features)
-            y = few_rows_product(rows, self._codes_along_outputs())
+            y = self._copy(kind).product(rows)
             if bias is not None:
                 y += bias
             if lora_a is not None and lora_b is not None:
@@ -138,28 +134,29 @@ class PackedLinear(nn.Module):
         packed = (self.qweight, self.qzeros, self.scales, bias, self.bits)
         return packed_linear(x, *packed, lora_a, lora_b, scale, lora_x)
 
-    def _has_few_rows(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Tell whether codes along the outputs serve: few rows on a CPU, and nothing to learn."""
+    def _has_few_rows(self, kind: Copy, x: Tensor, *others: Tensor | None) -> bool:
+        """Tell whether a copy of the codes serves: few rows on a CPU, and nothing to learn."""
         if x.device.type != "cpu" or self.training or torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
             return False
-        return x.dtype != torch.float64 and 0 < x.numel() <= MOST_ROWS * self.in_features
+        return x.dtype != torch.float64 and 0 < x.numel() <= kind.most_rows * self.in_features
 
-    def _codes_along_outputs(self) -> AlongOutputs:
-        """Give the codes along the outputs, packing them if they were not or have changed."""
+    def _copy(self, kind: Copy) -> AlongOutputs | Words:
+        """Give the codes in the other order, made anew if they were not there or have changed."""
         held = (self.qweight, self.qzeros, self.scales)
         # an inference tensor has no version, and cannot be written to outside of inference either
-        now = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in held]
-        if self._along_outputs is None or self._along_outputs[0] != now:
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in held]
+        now: list[object] = [kind, *versions]
+        if self._copied is None or self._copied[0] != now:
             with torch.inference_mode(False):
-                self._along_outputs = (now, along_outputs(*held, self.bits))
-        return self._along_outputs[1]
+                self._copied = (now, kind.of(*held, self.bits))
+        return self._copied[1]
 
     def train(self, mode: bool = True) -> PackedLinear:
         """Set the mode; in training the second copy of the codes is dropped."""
         if mode:
-            self._along_outputs = None
+            self._copied = None
         return super().train(mode)
 
     @property

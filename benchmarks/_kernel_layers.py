@@ -117,33 +117,6 @@ def _with_lora(weight: Weight, bits: int) -> Layer:
     )
 
 
-class TorchInt4(nn.Module):
-    """torch's own product with 4-bit codes on a CPU: w = (q - 8) scale + zero, both bfloat16."""
-
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__()
-        codes = packed.codes()
-        scales = codes.scales.t().to(BF16)
-        zeros = (8 - codes.zeros.t().float()) * codes.scales.t().float()
-        self.register_buffer("grid", torch.stack((scales, zeros.to(BF16)), -1).contiguous())
-        words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.codes.int(), 1)
-        self.register_buffer("words", words)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.words, GROUP_SIZE, self.grid)
-
-
-def _torch_int4(weight: Weight, bits: int) -> Layer:
-    packed = weight.packed(bits)
-    module = TorchInt4(packed)
-    return Layer(
-        module,
-        partial(packed.dequantize, torch.float32),
-        stored_bytes(module),
-        differentiable=False,
-    )
-
-
 def _peer(make: Callable[..., peers.Made], weight: Weight, bits: int) -> Layer:
     made = make(weight.linear, weight.packed(bits), weight.dtype)
     stored = made.stored or stored_bytes(made.module)
@@ -161,7 +134,6 @@ LAYERS: dict[str, Provider] = {
     LINEAR: Provider(_linear, bits=(0,)),
     PACKED: Provider(_packed),
     LORA: Provider(_with_lora),
-    "torch int4": Provider(_torch_int4, (4,), (BF16,), ("cpu",)),
     "bitsandbytes": Provider(partial(_peer, peers.bitsandbytes), (4,), needs="bitsandbytes"),
     "gptqmodel torch": Provider(
         partial(_peer, peers.gptqmodel_torch), dtypes=NARROW, needs="gptqmodel"

@@ -1,4 +1,4 @@
-"""A packed layer on a CPU multiplies few rows by codes that it packs along the outputs."""
+"""A packed layer on a CPU multiplies few rows by a copy of its codes in another order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from apiq_peft import PackedLinear
 from apiq_peft.layer import pack_layer
-from kernels_peft.packed_linear.few_rows import MOST_ROWS
+from kernels_peft.packed_linear.few_rows import AlongOutputs, Words
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def layer() -> PackedLinear:
 
 
 def kept(layer: PackedLinear) -> bool:
-    return layer._along_outputs is not None
+    return layer._copied is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +59,7 @@ def test_what_learns_takes_the_other_way(layer: PackedLinear) -> None:
 
 
 def test_new_codes_are_noticed(layer: PackedLinear) -> None:
-    x = torch.randn(MOST_ROWS, 128)
+    x = torch.randn(AlongOutputs.most_rows, 128)
     first = layer(x)
     other = pack_layer(nn.Linear(128, 64), 2, 64, "asymmetric").eval()
     layer.load_state_dict(other.state_dict())
@@ -77,3 +77,19 @@ def test_the_copy_is_not_saved_and_may_be_copied(layer: PackedLinear) -> None:
     assert layer.state_dict().keys() == {"qweight", "qzeros", "scales", "bias"}
     torch.testing.assert_close(copy.deepcopy(layer)(x), first)
     torch.testing.assert_close(layer.half()(x.half()).float(), first, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_bfloat16_has_a_copy_of_its_own_for_more_rows(bits: int) -> None:
+    torch.manual_seed(0)
+    layer = pack_layer(nn.Linear(128, 64), bits, 64, "asymmetric").eval()
+    x = torch.randn(Words.most_rows + 1, 128).bfloat16()
+    with torch.no_grad():
+        many = layer(x)
+        assert not kept(layer)
+        few = layer(x[:-1])
+        assert layer._copied is not None
+        assert isinstance(layer._copied[1], Words)
+        torch.testing.assert_close(few, many[:-1], rtol=2e-2, atol=2e-2)
+        layer(x[:1].float())
+        assert isinstance(layer._copied[1], AlongOutputs)

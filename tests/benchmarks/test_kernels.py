@@ -112,7 +112,7 @@ def test_every_layer_of_ours_is_right(dtype: torch.dtype, rows: int) -> None:
             error = kernels._error(layer, x, cotangent, layer.differentiable)
             assert error <= TOLERANCE[dtype] / 5, name
             names.add(name)
-    assert ("torch int4 4-bit" in names) == (dtype == BF16)
+    assert names == {LINEAR, *(label(name, b) for name in ("packed", LORA) for b in (2, 3, 4))}
 
 
 class _Off(nn.Module):
