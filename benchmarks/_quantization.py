@@ -40,7 +40,7 @@ class Protocol:
     samples: int
     length: int  # of a window, in calibration, finetuning and evaluation
     windows: int  # of the evaluation
-    steps: int  # of the finetuning
+    steps: int  # of the finetuning; 0 leaves it out
     batch: int
     rate: float
     epochs: int | None
@@ -129,7 +129,7 @@ class Outcome:
 
 
 def measure(job: Job) -> Outcome:
-    """Quantise a fresh model, finetune it, and give its perplexity after each."""
+    """Quantise a fresh model, finetune it if it has steps, and give its perplexity after each."""
     method, how, texts = METHODS[job.method], job.how, job.texts
     torch.manual_seed(SEED)
     model = _load(job)
@@ -145,13 +145,6 @@ def measure(job: Job) -> Outcome:
     before = perplexity(made.model, evaluation, how.length).value
     frozen = _digests(made.model)
     wrong = _broken(made, names, kept, frozen)
-    started = time.monotonic()
-    finetune(made.model, texts.finetuning.to(job.device), how)
-    tuned_minutes = (time.monotonic() - started) / 60
-    after = perplexity(made.model, evaluation, how.length).value
-    if _digests(made.model) != frozen:
-        wrong.append("finetuning changed more than the adapters")
-    wrong += [f"the perplexity is {p}" for p in (before, after) if not math.isfinite(p)]
     size = size_of(made.model, _ADAPTER_BITS)
     base = size.bits_per_weight if made.bits is None else made.bits
     total = base + size.adapter_bits / weights
@@ -161,9 +154,23 @@ def measure(job: Job) -> Outcome:
         ("quantised", "perplexity", "", before),
         ("quantised", "time", "min", minutes),
         ("quantised", "peak", "MiB", peak / 2**20),
-        ("finetuned", "bits", "per weight", total),
-        ("finetuned", "perplexity", "", after),
-        ("finetuned", "time", "min", tuned_minutes),
+    ]
+    if how.steps:
+        started = time.monotonic()
+        finetune(made.model, texts.finetuning.to(job.device), how)
+        tuned_minutes = (time.monotonic() - started) / 60
+        after = perplexity(made.model, evaluation, how.length).value
+        if _digests(made.model) != frozen:
+            wrong.append("finetuning changed more than the adapters")
+        facts += [
+            ("finetuned", "bits", "per weight", total),
+            ("finetuned", "perplexity", "", after),
+            ("finetuned", "time", "min", tuned_minutes),
+        ]
+    wrong += [
+        f"the perplexity, {mode}, is {value}"
+        for mode, metric, _, value in facts
+        if metric == "perplexity" and not math.isfinite(value)
     ]
     if task.settings and task.settings.epochs and task.settings.granularity == "block":
         passes = task.settings.epochs + task.settings.final_epochs

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=args.model or how.model,
         bits=tuple(args.bits or how.bits),
         ranks=tuple(args.rank or how.ranks),
+        steps=how.steps if args.steps is None else args.steps,
     )
     csv, png = args.out / f"{NAME}.csv", args.out / f"{NAME}.png"
     if args.save:
@@ -169,6 +170,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--bits", type=int, nargs="+", choices=list(FORMATS))
     parser.add_argument("--rank", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, help="of the finetuning; 0: none")
     parser.add_argument(
         "--resume", action="store_true", help="keep what the CSV has with the same settings"
     )
@@ -180,7 +182,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="append the rows to benchmarks/results instead of a CSV in --out",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 0:
+        parser.error(f"--steps is {args.steps}; give a number of steps, 0 for no finetuning")
+    return args
 
 
 if __name__ == "__main__":

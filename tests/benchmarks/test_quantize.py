@@ -282,6 +282,17 @@ def test_a_measurement_counts_the_bits_of_adapters_where_they_are(place: str, te
     assert found[FULL_PRECISION, "base"] == 16
 
 
+def test_without_steps_nothing_is_finetuned(run: Run, place: str, texts: Texts) -> None:
+    how = replace(PROTOCOLS["tiny"], steps=0)
+    outcome = measure(Job(place, "loftq", 2, 4, how, texts, "cpu"))
+    assert outcome.wrong == []
+    assert {mode for mode, *_ in outcome.facts} == {"base", "quantised"}
+    _, summary = run("--only", "rtn$", "--steps", "0")
+    assert "finetuned" not in {r.mode for r in read_all(Path(summary["csv"]))}
+    with pytest.raises(SystemExit):
+        run("--steps", "-1")
+
+
 def test_a_method_that_changes_what_it_must_not_is_wrong(
     place: str, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
