@@ -211,6 +211,7 @@ def fit(
                 last_save = time.monotonic()
         bar.set_postfix_str(f"loss {sum(running) / len(running):.3f}{shown}")
     state.take_best()
+    accelerator.free_memory()  # it would keep every model that it has prepared
     return state.points
 
 

@@ -60,7 +60,6 @@ def chosen(
         outcome = read(file, given)
         if outcome is None:
             outcome = run(cell, given, accelerator, saved)
-            accelerator.free_memory()  # it would keep every model that it has prepared
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 kept = {"settings": given.fixed(), "outcome": asdict(outcome)}
