@@ -90,138 +90,23 @@ _FAMILY = {tag: family for family, tags in _FAMILIES.items() for tag in tags.spl
 _WIDER = {"nb": "no", "nn": "no", "als": "sq", "zlm": "ms", "fil": "tl", "ckb": "ku"}
 
 # ISO 639-3 for the codes of XCOPA, XQuAD, PAWS-X, XNLI and XStoryCloze, and where FLORES differs.
-_ISO3 = dict(
-    pair.split(":")
-    for pair in [
-        "ar:arb",
-        "bg:bul",
-        "de:deu",
-        "el:ell",
-        "en:eng",
-        "es:spa",
-        "et:est",
-        "eu:eus",
-        "fr:fra",
-        "hi:hin",
-        "ht:hat",
-        "id:ind",
-        "it:ita",
-        "ja:jpn",
-        "ko:kor",
-        "my:mya",
-        "pt:por",
-        "qu:quy",
-        "ro:ron",
-        "ru:rus",
-        "sw:swh",
-        "ta:tam",
-        "te:tel",
-        "th:tha",
-        "tr:tur",
-        "ur:urd",
-        "vi:vie",
-        "zh:zho",
-    ]
-)
+_ISO3_WORDS = """
+ar:arb bg:bul de:deu el:ell en:eng es:spa et:est eu:eus fr:fra hi:hin ht:hat id:ind it:ita ja:jpn
+ko:kor my:mya pt:por qu:quy ro:ron ru:rus sw:swh ta:tam te:tel th:tha tr:tur ur:urd vi:vie zh:zho
+"""
 _FLORES_ISO3 = {"cmn": "zho", "ekk": "est", "zlm": "zsm"}
 # ISO 639-1 of the FLORES languages that the pretraining table has.
-_ISO1 = dict(
-    pair.split(":")
-    for pair in [
-        "afr:af",
-        "als:sq",
-        "amh:am",
-        "arb:ar",
-        "asm:as",
-        "azj:az",
-        "bel:be",
-        "ben:bn",
-        "bos:bs",
-        "bul:bg",
-        "cat:ca",
-        "ces:cs",
-        "ckb:ku",
-        "cym:cy",
-        "dan:da",
-        "deu:de",
-        "ell:el",
-        "eng:en",
-        "epo:eo",
-        "est:et",
-        "eus:eu",
-        "fin:fi",
-        "fra:fr",
-        "gaz:om",
-        "gla:gd",
-        "gle:ga",
-        "glg:gl",
-        "guj:gu",
-        "hau:ha",
-        "heb:he",
-        "hin:hi",
-        "hrv:hr",
-        "hun:hu",
-        "hye:hy",
-        "ind:id",
-        "isl:is",
-        "ita:it",
-        "jav:jv",
-        "jpn:ja",
-        "kan:kn",
-        "kat:ka",
-        "kaz:kk",
-        "khk:mn",
-        "khm:km",
-        "kir:ky",
-        "kmr:ku",
-        "kor:ko",
-        "lao:lo",
-        "lit:lt",
-        "lvs:lv",
-        "mal:ml",
-        "mar:mr",
-        "mkd:mk",
-        "mya:my",
-        "nld:nl",
-        "nno:nn",
-        "nob:nb",
-        "npi:ne",
-        "ory:or",
-        "pan:pa",
-        "pbt:ps",
-        "pes:fa",
-        "plt:mg",
-        "pol:pl",
-        "por:pt",
-        "prs:fa",
-        "ron:ro",
-        "rus:ru",
-        "san:sa",
-        "sin:si",
-        "slk:sk",
-        "slv:sl",
-        "snd:sd",
-        "som:so",
-        "spa:es",
-        "srp:sr",
-        "sun:su",
-        "swe:sv",
-        "swh:sw",
-        "tam:ta",
-        "tel:te",
-        "tgl:tl",
-        "tha:th",
-        "tur:tr",
-        "uig:ug",
-        "ukr:uk",
-        "urd:ur",
-        "uzn:uz",
-        "vie:vi",
-        "xho:xh",
-        "ydd:yi",
-        "zho:zh",
-        "zsm:ms",
-    ]
+_ISO1_WORDS = """
+afr:af als:sq amh:am arb:ar asm:as azj:az bel:be ben:bn bos:bs bul:bg cat:ca ces:cs ckb:ku cym:cy
+dan:da deu:de ell:el eng:en epo:eo est:et eus:eu fin:fi fra:fr gaz:om gla:gd gle:ga glg:gl guj:gu
+hau:ha heb:he hin:hi hrv:hr hun:hu hye:hy ind:id isl:is ita:it jav:jv jpn:ja kan:kn kat:ka kaz:kk
+khk:mn khm:km kir:ky kmr:ku kor:ko lao:lo lit:lt lvs:lv mal:ml mar:mr mkd:mk mya:my nld:nl nno:nn
+nob:nb npi:ne ory:or pan:pa pbt:ps pes:fa plt:mg pol:pl por:pt prs:fa ron:ro rus:ru san:sa sin:si
+slk:sk slv:sl snd:sd som:so spa:es srp:sr sun:su swe:sv swh:sw tam:ta tel:te tgl:tl tha:th tur:tr
+uig:ug ukr:uk urd:ur uzn:uz vie:vi xho:xh ydd:yi zho:zh zsm:ms
+"""
+_ISO3, _ISO1 = (
+    dict(pair.split(":") for pair in words.split()) for words in (_ISO3_WORDS, _ISO1_WORDS)
 )
 
 _SCRIPTS = {

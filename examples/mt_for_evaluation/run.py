@@ -1,0 +1,91 @@
+"""Ask whether machine translation can stand in for human translation in multilingual evaluation.
+
+A test set is translated from English to many languages, labels copied. Models answer it there and,
+where there is one, in human translation. Do both give the same scores? Are the languages that are
+usually tested like the others of their class? Do large models beat simple baselines there? And what
+do adapters and quantisation change of that, by class of language?
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import benchmark_tasks
+import encoder_arms
+import findings
+import language_table
+import measuring
+import results
+from accelerate import Accelerator
+from arms import Start
+from settings import Settings
+
+from recipes_peft import config, errors, report
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    given = config.load(Settings, Path(__file__).with_name("config.yaml"), argv, str(__doc__))
+    out = Path(given.out)
+    folder = out / f"work-{given.key()}"  # a run with the same settings goes on where it stopped
+    with errors.explained(OSError, before="cannot write the results: ", after="; choose --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    # languages and their classes, fixed before anything is scored
+    known = language_table.sizes(given.pretraining)
+    task = benchmark_tasks.read(given, known)
+    wanted = {word.partition("=")[0] for word in given.translations}
+    keep = {*task.official, *wanted} if given.languages == ["all"] else {*task.languages}
+    chosen = language_table.choose(list(task.languages.values()), keep, given.per_class, given.seed)
+    if given.machine_languages != ["none"]:
+        have = {language.flores for language in task.languages.values()}
+        chosen += language_table.machine_only(given.machine_languages, have, known, given.high_from)
+    languages = {language.code: language for language in chosen}
+
+    # MT_L: every field translated from English, labels copied
+    machine, reports, left_out = measuring.translate(given, task, chosen, out / "translations")
+    start = Start(given, task, machine, folder, Accelerator())
+    runs = measuring.answer_all(start, list(languages))
+
+    # the three questions
+    draws, seed = given.draws, given.seed
+    sides = findings.compare_sides(runs, reports, draws, seed)
+    classes = findings.compare_classes(
+        runs, languages, task.official, given.classes_on, draws, seed
+    )
+    control = control_of(runs, task)
+    found: dict[str, Any] = {
+        "settings": asdict(given),
+        "languages": {code: asdict(language) for code, language in languages.items()},
+        "translations": reports,
+        "left_out": left_out,
+        "sides": sides,
+        "classes": classes,
+        "permuted": control,
+        "promises": findings.promises(given.data == "udhr", sides, reports, classes, control),
+    }
+    results.show(found, task.chance)
+    report.write_json(out / "results.json", found)
+    results.write_languages(out / "languages.csv", runs, languages, reports)
+    results.plot(out / "accuracies.png", runs, languages, given.classes_on, task.official)
+    if any(points := encoder_arms.curves(folder)):
+        report.curves(out, *points)
+    print(f"results.json, languages.csv and accuracies.png are in {out}")
+    return 0
+
+
+def control_of(runs: findings.Runs, task: benchmark_tasks.Task) -> dict[str, float] | None:
+    """The negative control, on the machine's rows: answers against labels dealt anew."""
+    arm = next((arm for arm in ("encoder", "lm", "road", "bow") if arm in runs), None)
+    marks = runs[arm][0]["machine"] if arm else {}
+    if not marks:
+        return None
+    labels = {item.key: item.label for item in task.english}
+    return findings.permuted(marks, labels, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
