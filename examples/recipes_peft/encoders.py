@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -18,19 +19,24 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from recipes_peft import e5
 from recipes_peft.assets import ASSETS, cache_dir, fetch, once
 from recipes_peft.errors import UserError, explained
 
-__all__ = ["NAMES", "load_classifier", "load_encoder", "locate", "save_tiny"]
+__all__ = ["NAMES", "load_classifier", "load_encoder", "load_reader", "locate", "save_tiny"]
 
 # What an encoder goes by here; everything else is a folder or a hub id.
-NAMES = ("minilm-l6", "tiny")
+NAMES = ("minilm-l6", "e5-small", "tiny")
 
 
 def locate(name: str) -> str:
     """Give the folder of an encoder that has a name here, fetching it once, else `name` itself."""
     if name == "tiny":
         return str(once(cache_dir() / "tiny-encoder", save_tiny))
+    if name == "e5-small":
+        folder = cache_dir() / "multilingual-e5-small"
+        made = once(folder, lambda to: e5.convert(fetch(name), to))
+        return str(made)
     return str(fetch(name)) if name in ASSETS and name in NAMES else name
 
 
@@ -54,6 +60,15 @@ def load_classifier(
         UserError: as `load_encoder`; or the files hold a head of another number of classes.
     """
     return _load(AutoModelForSequenceClassification, name, dtype, seed, num_labels=labels)
+
+
+def load_reader(name: str, dtype: str = "float32", seed: int = 0) -> tuple[Any, Any]:
+    """Load an encoder with a head that points at an answer's first and last token, as above.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    return _load(AutoModelForQuestionAnswering, name, dtype, seed)
 
 
 def save_tiny(folder: Path, layers: int = 3, hidden: int = 64) -> None:

@@ -13,7 +13,14 @@ import torch
 
 from recipes_peft import assets
 from recipes_peft.assets import Asset, Part, cache_dir
-from recipes_peft.encoders import NAMES, load_classifier, load_encoder, locate, save_tiny
+from recipes_peft.encoders import (
+    NAMES,
+    load_classifier,
+    load_encoder,
+    load_reader,
+    locate,
+    save_tiny,
+)
 from recipes_peft.errors import UserError
 
 
@@ -125,3 +132,12 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "own")
     with pytest.raises(UserError, match="no token for padding"):
         load_encoder(str(tmp_path / "own"))
+
+
+def test_a_reader_points_at_answers() -> None:
+    model, tokenizer = load_reader("tiny", seed=1)
+    output = model(**tokenizer(["a?"], ["bcd"], return_tensors="pt"))
+    assert output.start_logits.shape == output.end_logits.shape == (1, 8)
+    same, other = load_reader("tiny", seed=1)[0], load_reader("tiny")[0]
+    assert torch.equal(model.qa_outputs.weight, same.qa_outputs.weight)
+    assert not torch.equal(model.qa_outputs.weight, other.qa_outputs.weight)
