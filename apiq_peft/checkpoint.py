@@ -57,6 +57,13 @@ class ApiQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        engine = getattr(model.config, "distributed_config", None)
+        split = getattr(engine, "tp_size", None) or 1
+        if split > 1:
+            raise ValueError(
+                f"tp_size is {split}, but packed layers cannot be split between processes;"
+                " load the whole model on each and train by DDP or FSDP2"
+            )
         layers: dict[str, PackedLinear] = {}
         for name, (bits, group_size) in self.quantization_config.layers.items():
             parent, _, child = name.rpartition(".")

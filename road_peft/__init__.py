@@ -10,6 +10,7 @@ from road_peft.bank import RoadBank
 from road_peft.batching import AdapterBatching
 from road_peft.config import RoadConfig
 from road_peft.diagnostics import LayerReport, inspect_adapter
+from road_peft.distributed import merged_state_dict, replicate_adapters
 from road_peft.hotswap import hotswap_adapter
 from road_peft.interventions import (
     Interventions,
@@ -43,7 +44,9 @@ __all__ = [
     "UnknownAdapterError",
     "hotswap_adapter",
     "inspect_adapter",
+    "merged_state_dict",
     "register",
+    "replicate_adapters",
     "road_parameter_groups",
     "unregister",
 ]

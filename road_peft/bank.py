@@ -35,6 +35,7 @@ from road_peft.leases import (
 )
 from road_peft.mixed_batch import BASE, route_rows
 from road_peft.routing import Routing
+from road_peft.shards import layout_of
 from road_peft.targets import linear_layers_of_blocks, why_bypassed, wrap
 
 Source = str | Path | tuple[Any, Mapping[str, Tensor]]  # folder, hub repository, or what it holds
@@ -107,6 +108,11 @@ class RoadBank:
             if reason is not None:
                 raise ValueError(f"{name} cannot be adapted: {reason}")
             try:
+                if layout_of(self.model, name, module) is not None:
+                    raise ValueError(
+                        "a bank cannot follow a tensor-parallel plan; load the adapters by PEFT's"
+                        " load_adapter and choose among them by adapter_names"
+                    )
                 layer = wrap(module, **get_quantization_kwargs(self.model))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error

@@ -10,6 +10,7 @@ from torch import nn
 from road_peft.adapter_files import PREFIX, load_adapter_files
 from road_peft.config import RoadConfig
 from road_peft.layer import RoadLayer
+from road_peft.shards import write
 
 
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
@@ -41,9 +42,8 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             )
         if not torch.isfinite(tensors[key]).all():
             raise ValueError(f"{key} in {path} holds values that are not finite")
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            parameter.copy_(tensors[key])
+    for key, parameter in targets.items():
+        write(parameter, tensors[key])
 
 
 def _targets(model: nn.Module, adapter_name: str, config: RoadConfig) -> dict[str, nn.Parameter]:

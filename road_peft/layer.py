@@ -15,13 +15,21 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels_peft import determinants, invert, rotate, rotate_by_slot
+from kernels_peft import invert, rotate, rotate_by_slot
 from road_peft.mixed_batch import Rows
 from road_peft.routing import Route, Routing
+from road_peft.shards import Layout, check_at_hand, own, whole
 from road_peft.variants import VARIANTS
-from road_peft.weights import Delta, Rotation, Snapshot, rotate_bias, rotate_weight
-
-SINGULAR = 1e-6  # |det| of a block below this share of its squared norm
+from road_peft.weights import (
+    Delta,
+    Rotation,
+    Snapshot,
+    check_finite,
+    check_invertible,
+    negative,
+    rotate_bias,
+    rotate_weight,
+)
 
 
 class RoadLayer(nn.Module, upstream.RoadLayer):
@@ -61,6 +69,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.feature_dim, self.copies = feature_dim, copies
+        self.layout: Layout | None = (
+            None  # of a tensor-parallel layer; the model that owns it sets it
+        )
         self.module_name = ""  # in the base model; patterns of the configuration match it
         self.road_theta = nn.ParameterDict()
         self.road_alpha = nn.ParameterDict()
@@ -104,7 +115,8 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
         Raises:
             ValueError: group_size does not divide the outputs and `remainder` is "error", no whole
-                group fits, or a LoRA is asked for where it cannot be had.
+                group fits, a LoRA is asked for where it cannot be had, or the processes of a
+                tensor-parallel layer cannot share the adapter.
         """
         if hasattr(nn.ParameterDict, adapter_name):
             raise ValueError(
@@ -124,6 +136,8 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 f"lora_rank is {lora_rank}, but a {type(self).__name__} has no LoRA beside its"
                 " rotation; leave this layer out of target_modules or set lora_rank=0"
             )
+        if self.layout is not None:
+            self.layout.check(self.out_features, group_size, lora_rank)
         size = VARIANTS[variant].size(rotated) * self.copies
         self.variant[adapter_name] = variant
         self.group_size[adapter_name] = group_size
@@ -141,6 +155,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             self.road_lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, lora_rank))
         self.reset_parameters(adapter_name, init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if self.layout is not None:
+            for vectors in (self.road_theta, self.road_alpha):
+                vectors[adapter_name] = self.layout.place(vectors[adapter_name])
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -177,16 +194,20 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
                 parameters[adapter_name] = parameters[adapter_name].to(device, dtype)
 
     def coefficients(
-        self, adapter_name: str, dtype: torch.dtype | None = None
+        self, adapter_name: str, dtype: torch.dtype | None = None, *, every: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Give the coefficient vectors of the adapter for data of `dtype`, differentiable.
+
+        In a tensor-parallel layer those for the outputs of this process, or all if `every`.
 
         Shapes:
             Two vectors of the rotated features: out_features less what is left of whole groups;
             float32, or float64 if `dtype` (that of the parameters if not given) is.
         """
         dtype = torch.promote_types(dtype or self.road_theta[adapter_name].dtype, torch.float32)
-        theta, alpha = self.road_theta[adapter_name], self.road_alpha[adapter_name]
+        layout = None if every else self.layout
+        theta = own(self.road_theta[adapter_name], layout)
+        alpha = own(self.road_alpha[adapter_name], layout)
         variant = VARIANTS[self.variant[adapter_name]]
         return variant.coefficients(theta.to(dtype), alpha.to(dtype), self.group_size[adapter_name])
 
@@ -197,8 +218,8 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         not on the number of adapters.
 
         Shapes:
-            A table (len(names), 2, out_features) in float32 (float64 if the data is), and the group
-            sizes (len(names),), 0 for a name without an adapter in this layer.
+            A table (len(names), 2, width of `like`) in float32 (float64 if the data is), and the
+            group sizes (len(names),), 0 for a name without an adapter in this layer.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
         kinds: dict[tuple[str, int], list[str]] = {}
@@ -207,15 +228,15 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         blocks = []
         for (variant, group_size), members in kinds.items():
             theta, alpha = (
-                torch.cat([vectors[name] for name in members]).to(dtype)
+                torch.cat([own(vectors[name], self.layout) for name in members]).to(dtype)
                 for vectors in (self.road_theta, self.road_alpha)
             )
             pair = VARIANTS[variant].coefficients(theta, alpha, group_size)
             block = torch.stack([vector.view(len(members), -1) for vector in pair], 1)
-            blocks.append(F.pad(block, (0, self.out_features - block.shape[-1])))
+            blocks.append(F.pad(block, (0, like.shape[-1] - block.shape[-1])))
         order = [name for members in kinds.values() for name in members]
         if order != list(names) or len(blocks) != 1:  # rows of the table follow `names`
-            blocks.append(like.new_zeros(1, 2, self.out_features, dtype=dtype))
+            blocks.append(like.new_zeros(1, 2, like.shape[-1], dtype=dtype))
             places = {name: place for place, name in enumerate(order)}
             rows = [places.get(name, len(order)) for name in names]
             index = torch.tensor(rows, dtype=torch.int64, device=like.device)
@@ -302,7 +323,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.check_merge(names)
         weight, bias = self._merged(names)
         if safe_merge:
-            _check_finite(weight, bias, names)
+            check_finite(weight, bias, names)
         if self._keeps_copy() and not self.merged:
             self._unmerged = self._snapshot()
         self._write(weight, bias)
@@ -312,10 +333,13 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         """Find out whether the adapters can be merged, without changing anything.
 
         Raises:
-            ValueError: the layer is quantised in a way that cannot be written back, a block is
+            ValueError: the layer is quantised in a way that cannot be written back, its weight lies
+                on several processes, a block is
                 singular and the original is not kept, or (if `safe_merge`) a value is not finite.
         """
         names = self._mergeable(adapter_names)
+        if names:
+            check_at_hand(getattr(self.get_base_layer(), self.weight_name, None))
         backend = self.quantization_backend
         if names and backend is not None and not backend.supports_merge:
             raise ValueError(
@@ -324,9 +348,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             )
         if not self._keeps_copy():
             for name in names:
-                self._check_invertible(name)
+                check_invertible(name, *self._rotation(name))
         if names and safe_merge:
-            _check_finite(*self._merged(names), names)
+            check_finite(*self._merged(names), names)
 
     @torch.no_grad()
     def _merged(self, names: list[str]) -> tuple[Tensor, Tensor | None]:
@@ -335,9 +359,11 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             weight, bias = self._read(self._unmerged)
             rotating, before = [*already, *names], []
         else:
-            weight, bias = self.get_base_weight(), self._bias()
-            rotating, before = names, _negative(self._deltas(already))
-        rotations = [self._rotation(name) for name in rotating]
+            weight, bias = whole(self.get_base_weight()), self._bias()
+            rotating, before = names, negative(self._deltas(already))
+        rotations = [
+            (*self.coefficients(name, every=True), self.group_size[name]) for name in rotating
+        ]
         merged = rotate_weight(
             weight,
             rotations,
@@ -345,7 +371,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             after=self._deltas([*already, *names]),
             feature_dim=self.feature_dim,
         )
-        return merged, None if bias is None else rotate_bias(bias.data, rotations)
+        return merged, None if bias is None else rotate_bias(whole(bias.data), rotations)
 
     def unmerge(self) -> None:
         """Give the base layer its own weights back.
@@ -361,9 +387,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         else:
             with torch.no_grad():
                 for name in self.merged_adapters:
-                    self._check_invertible(name)
+                    check_invertible(name, *self._rotation(name))
                 turns = self._inverse_rotations()
-                before = _negative(self._deltas(self.merged_adapters))
+                before = negative(self._deltas(self.merged_adapters))
                 bias = self._bias()
                 weight = rotate_weight(
                     self.get_base_weight(), turns, before=before, feature_dim=self.feature_dim
@@ -448,41 +474,16 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
     def _deltas(self, names: list[str]) -> list[Delta]:
         return [
-            (self.road_lora_A[n].data, self.road_lora_B[n].data, self.lora_scale[n])
+            (whole(self.road_lora_A[n].data), whole(self.road_lora_B[n].data), self.lora_scale[n])
             for n in names
             if n in self.road_lora_A
         ]
-
-    def _check_invertible(self, name: str) -> None:
-        first, second, group_size = self._rotation(name)
-        squares = (first.square() + second.square()).view(-1, 2, group_size // 2)
-        share = determinants(first, second, group_size).abs() / squares.sum(1).flatten()
-        bad = torch.nonzero(~(share > SINGULAR)).flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"adapter {name!r} has {len(bad)} singular block(s), the first is number {bad[0]}:"
-                " merging it cannot be undone by an inverse; set exact_unmerge=True to keep the"
-                " original weight"
-            )
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "road." + super().__repr__()
-
-
-def _negative(deltas: list[Delta]) -> list[Delta]:
-    return [(a, b, -scale) for a, b, scale in deltas]
-
-
-def _check_finite(weight: Tensor, bias: Tensor | None, names: list[str]) -> None:
-    for kind, value in (("weights", weight), ("bias", bias)):
-        if value is not None and not torch.isfinite(value).all():
-            raise ValueError(
-                f"NaNs detected in the merged {kind}. The adapter {', '.join(names)} seems to be"
-                " broken"
-            )
 
 
 class RoadLinear(RoadLayer):

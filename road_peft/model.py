@@ -21,6 +21,7 @@ from road_peft.experts import ParamWrapper
 from road_peft.layer import RoadEmbedding, RoadLayer, RoadLinear
 from road_peft.mixed_batch import BASE, Rows, repeats_of, route_rows
 from road_peft.routing import Routing
+from road_peft.shards import layout_of, whole, write
 from road_peft.targets import linear_layers_of_blocks, why_bypassed, wrap
 from road_peft.variants import VARIANTS
 from road_peft.weights import keep_codes_readable
@@ -82,6 +83,7 @@ class RoadModel(upstream.RoadModel):
                 layer = wrap(target, parameter_name, **get_quantization_kwargs(self.model))
                 layer.module_name, layer._active_adapter = current_key, adapter_name
                 layer.routing = self.routing
+                layer.layout = layout_of(self.model, current_key, target)
             layer.update_layer(adapter_name, **config.layer_arguments(current_key))
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
@@ -150,6 +152,12 @@ class RoadModel(upstream.RoadModel):
             if adapter_name in layer.road_theta:
                 layer.delete_adapter(adapter_name)
                 self.active_adapter = layer.active_adapters
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        # what engines hold in parts is saved whole; every process must save
+        selected = super()._get_adapter_state_dict(*args, **kwargs)
+        return {key: whole(tensor) for key, tensor in selected.items()}
 
     # ---- merging ------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class RoadModel(upstream.RoadModel):
                     " pairs do not combine"
                 )
             with torch.no_grad():
-                found = {n: layer.coefficients(n) for n in here}
+                found = {n: layer.coefficients(n, every=True) for n in here}
                 like = found[here[0]][0]
                 identity = (torch.ones_like(like), torch.zeros_like(like))
                 blocks = [found.get(n, identity) for n in adapters]
@@ -294,8 +302,8 @@ class RoadModel(upstream.RoadModel):
             if adapter_name in layer.road_theta:
                 group_size = layer.group_size[adapter_name]
                 theta, alpha = VARIANTS[variant].parameters(*combined[name], group_size)
-                layer.road_theta[adapter_name].data.copy_(theta)
-                layer.road_alpha[adapter_name].data.copy_(alpha)
+                write(layer.road_theta[adapter_name].data, theta)
+                write(layer.road_alpha[adapter_name].data, alpha)
 
     # ---- one adapter per row ------------------------------------------------------------------
 

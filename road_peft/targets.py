@@ -62,7 +62,7 @@ def why_bypassed(model: nn.Module, parent: nn.Module, name: str) -> str | None:
 
 
 def _sizes(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, LinearLike):
+    if isinstance(base, nn.Linear | LinearLike):  # PEFT would give a shard of a shared weight
         return base.in_features, base.out_features
     in_features, out_features = _get_in_out_features(base)
     if in_features is None or out_features is None:

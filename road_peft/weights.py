@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels_peft import rotate_reference
+from kernels_peft import determinants, rotate_reference
 
 BLOCK_ELEMENTS = 1 << 19
+SINGULAR = 1e-6  # |det| of a block below this share of its squared norm
 
 Rotation = tuple[Tensor, Tensor, int]  # first, second, group_size
 Delta = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), scale
@@ -73,6 +74,42 @@ def rotate_bias(bias: Tensor, rotations: Sequence[Rotation]) -> Tensor:
     for first, second, group_size in rotations:
         rotated = rotate_reference(rotated, first, second, group_size)
     return rotated.to(bias.dtype)
+
+
+def negative(deltas: Iterable[Delta]) -> list[Delta]:
+    """Give what takes `deltas` away again."""
+    return [(a, b, -scale) for a, b, scale in deltas]
+
+
+def check_finite(weight: Tensor, bias: Tensor | None, names: Iterable[str]) -> None:
+    """Refuse what merging the adapters `names` would write, if a value is not finite.
+
+    Raises:
+        ValueError: with PEFT's message.
+    """
+    for kind, value in (("weights", weight), ("bias", bias)):
+        if value is not None and not torch.isfinite(value).all():
+            raise ValueError(
+                f"NaNs detected in the merged {kind}. The adapter {', '.join(names)} seems to be"
+                " broken"
+            )
+
+
+def check_invertible(name: str, first: Tensor, second: Tensor, group_size: int) -> None:
+    """Refuse an adapter whose merge could not be undone by the inverse of each block.
+
+    Raises:
+        ValueError: a block is singular, or nearly.
+    """
+    squares = (first.square() + second.square()).view(-1, 2, group_size // 2)
+    share = determinants(first, second, group_size).abs() / squares.sum(1).flatten()
+    bad = torch.nonzero(~(share > SINGULAR)).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"adapter {name!r} has {len(bad)} singular block(s), the first is number {bad[0]}:"
+            " merging it cannot be undone by an inverse; set exact_unmerge=True to keep the"
+            " original weight"
+        )
 
 
 def _shares(rotations: Sequence[Rotation], copies: int) -> list[list[Rotation]]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from road_peft.interventions.subspaces import atoms_of, channels_of
-from road_peft.layer import SINGULAR
 from road_peft.routing import Routing
 from road_peft.variants import VARIANTS, Coefficients, block_entries
+from road_peft.weights import SINGULAR
 
 
 class Call(Protocol):
