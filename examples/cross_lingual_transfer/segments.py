@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from recipes_peft import loop
+from recipes_peft.errors import UserError
 
 __all__ = ["Joined", "Segments", "Text", "outputs", "padded"]
 
@@ -42,6 +43,11 @@ class Segments:
         places = [
             list(found) for _, found in groupby(range(len(ids)), probe.sequence_ids(0).__getitem__)
         ]
+        if len(places) != 5:
+            raise UserError(
+                "the model's tokenizer joins two texts without tokens of its own before, between"
+                " and after them; give an encoder such as BERT or XLM-R with --model"
+            )
         self.around = [[ids[i] for i in places[part]] for part in (0, 2, 4)]
         self.types = [types[places[part][0]] for part in range(5)]
         self.room = max_length - sum(map(len, self.around))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes_peft import encoders
+from recipes_peft import encoders, tiny
 from recipes_peft.errors import UserError
 from tests.examples._recipes import beside
 
@@ -353,6 +353,11 @@ def test_joined_segments_are_those_of_the_tokenizer(tokenizer: Any, texts: Any) 
     first = [i for i, s in enumerate(wanted.sequence_ids()) if s == 1]
     assert not first or found.second == first[0]
     assert found.ids.count(tokenizer.sep_token_id) == 2
+
+
+def test_a_tokenizer_that_does_not_join_pairs_is_refused() -> None:
+    with pytest.raises(UserError, match="joins two texts without tokens of its own"):
+        segments.Segments(tiny.tokenizer(), 12)
 
 
 def test_windows_cover_a_context_and_hold_the_answer(tokenizer: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from recipes_peft import assets, errors
 from tests.examples._recipes import elsewhere
@@ -334,6 +335,23 @@ def test_a_mixed_batch_gives_what_each_adapter_gives_alone(tuner: str, tmp_path:
     arms.restore(again, study, "mixed", tmp_path / "kept")
     again.set_adapter("mixed")
     torch.testing.assert_close(task._logits(again, rows, ["mixed"])["mixed"], mixed["mixed"])
+
+
+def test_a_head_of_several_layers_is_mixed_layer_by_layer() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = XLMRobertaConfig(vocab_size=20, num_hidden_layers=1, pad_token_id=1, **shape)
+    model = XLMRobertaForSequenceClassification(config).eval()
+    task = RECIPE.classifying.Classifying
+    assert arms.heads(model, task) == ["classifier.dense", "classifier.out_proj"]
+    model = arms.road(model, ["plain", "mixed"], SimpleNamespace(**OPTIONS), task)
+    ids = torch.tensor([[0, 5, 2], [0, 5, 2]])
+    heads = [p for n, p in model.named_parameters() if "out_proj" in n and ".mixed." in n]
+    with torch.no_grad():
+        for parameter in heads:
+            parameter += 1
+        logits = model(input_ids=ids, adapter_names=["plain", "mixed"]).logits
+    assert len(heads) == 2
+    assert (logits[0] - logits[1]).abs().min() > 0.1
 
 
 # ---- runs ---------------------------------------------------------------------------------------
