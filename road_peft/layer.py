@@ -69,9 +69,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.feature_dim, self.copies = feature_dim, copies
-        self.layout: Layout | None = (
-            None  # of a tensor-parallel layer; the model that owns it sets it
-        )
+        self.layout: Layout | None = None  # the model that owns a tensor-parallel layer sets it
         self.module_name = ""  # in the base model; patterns of the configuration match it
         self.road_theta = nn.ParameterDict()
         self.road_alpha = nn.ParameterDict()
@@ -218,10 +216,11 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
         not on the number of adapters.
 
         Shapes:
-            A table (len(names), 2, width of `like`) in float32 (float64 if the data is), and the
-            group sizes (len(names),), 0 for a name without an adapter in this layer.
+            A table (len(names), 2, outputs of this process) in float32 (float64 if the data is),
+            and the group sizes (len(names),), 0 for a name without an adapter in this layer.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
+        width = self.layout.width(self.out_features) if self.layout else self.out_features
         kinds: dict[tuple[str, int], list[str]] = {}
         for name in self._present(names):
             kinds.setdefault((self.variant[name], self.group_size[name]), []).append(name)
@@ -233,10 +232,10 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             )
             pair = VARIANTS[variant].coefficients(theta, alpha, group_size)
             block = torch.stack([vector.view(len(members), -1) for vector in pair], 1)
-            blocks.append(F.pad(block, (0, like.shape[-1] - block.shape[-1])))
+            blocks.append(F.pad(block, (0, width - block.shape[-1])))
         order = [name for members in kinds.values() for name in members]
         if order != list(names) or len(blocks) != 1:  # rows of the table follow `names`
-            blocks.append(like.new_zeros(1, 2, like.shape[-1], dtype=dtype))
+            blocks.append(like.new_zeros(1, 2, width, dtype=dtype))
             places = {name: place for place, name in enumerate(order)}
             rows = [places.get(name, len(order)) for name in names]
             index = torch.tensor(rows, dtype=torch.int64, device=like.device)
@@ -334,8 +333,8 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
         Raises:
             ValueError: the layer is quantised in a way that cannot be written back, its weight lies
-                on several processes, a block is
-                singular and the original is not kept, or (if `safe_merge`) a value is not finite.
+                on several processes, a block is singular and the original is not kept, or (if
+                `safe_merge`) a value is not finite.
         """
         names = self._mergeable(adapter_names)
         if names:

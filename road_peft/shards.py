@@ -35,6 +35,10 @@ class Layout:
     mesh: DeviceMesh
     split: bool
 
+    def width(self, out_features: int) -> int:
+        """Give how many of a layer's outputs a process has."""
+        return out_features // self.mesh.size() if self.split else out_features
+
     def check(self, out_features: int, group_size: int, lora_rank: int) -> None:
         """Refuse an adapter that cannot be laid out so.
 

@@ -63,6 +63,7 @@ def _one(rank: int, port: int, worker: Worker, out: Path) -> None:
     dist.init_process_group("gloo")
     try:
         worker(rank, out)
+        dist.barrier()  # the store lives in the first process, and the other may still need it
     except BaseException:
         (out / f"failure-{rank}.txt").write_text(traceback.format_exc())
         raise
