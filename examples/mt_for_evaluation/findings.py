@@ -31,7 +31,10 @@ def scores(runs: Sequence[Answers], side: str) -> dict[str, float]:
 def compare_sides(
     runs: Runs, reports: Mapping[str, Mapping[str, Any]], draws: int, seed: int
 ) -> dict[str, Any]:
-    """Question 1, for each arm: agreement over languages, intervals, and McNemar by language."""
+    """Question 1, for each arm: agreement over languages, intervals, and McNemar by language.
+
+    Accuracies are means over seeds; intervals and items are those of the first seed.
+    """
     quality = {c: r["quality"]["chrf"] for c, r in reports.items() if r["quality"]}
     found = {}
     for arm, answers in runs.items():

@@ -45,36 +45,47 @@ def show(found: Mapping[str, Any], chance: float) -> None:
             )
     for code, why in found["left_out"].items():
         print(f"not translated: {code}: {why}")
-    columns = ["arm", "languages", "mean D", "95 %", "mean |D|", "max |D|", "r", "rho", "|D|~chrF"]
+    columns = ["arm", "mean D", "95 %", "|D|", "max", "r", "rho", "chrF"]
     rows = [
         [
             arm,
-            str(r["languages"]),
             _signed(r["mean_d"]),
             _interval(r["intervals"].get("mean_d over_both")),
             f"{r['mean_abs_d']:.3f}",
             f"{r['max_abs_d']:.3f}",
-            *(_signed(r[k]) for k in ("pearson", "spearman", "spearman_abs_d_quality")),
+            *(_signed(r[k], 2) for k in ("pearson", "spearman", "spearman_abs_d_quality")),
         ]
         for arm, r in found["sides"].items()
     ]
     if rows:
-        report.show("D: accuracy on machine minus on human translation", columns, rows)
-    columns = ["arm", *CLASSES, "O high", "O low", "O low+unseen", "95 %", "percentile"]
-    rows = []
-    for arm, means in found["classes"]["means"].items():
-        o = found["classes"]["o"][arm]
-        both = o["low+unseen"]
-        rows.append(
-            [
-                arm,
-                *(f"{means[n]:.3f}" if n in means else "" for n in CLASSES),
-                *(_signed(o[n] and o[n]["o"]) for n in ("high", "low", "low+unseen")),
-                _interval(both and both["interval"]),
-                f"{both['percentile']:.0f}" if both else "",
-            ]
-        )
-    report.show(f"accuracy by class of language; always one label: {chance:.3f}", columns, rows)
+        title = "D: accuracy on machine minus human translation; chrF: rho of |D| and chrF++"
+        report.show(title, columns, rows)
+    means, o = found["classes"]["means"], found["classes"]["o"]
+    rows = [[arm, *(f"{m[n]:.3f}" if n in m else "" for n in CLASSES)] for arm, m in means.items()]
+    title = f"accuracy by class of language; always one label: {chance:.3f}"
+    report.show(title, ["arm", *CLASSES], rows)
+    rows = [
+        [
+            arm,
+            *(_signed(r[n] and r[n]["o"]) for n in ("high", "low", "low+unseen")),
+            _interval(r["low+unseen"] and r["low+unseen"]["interval"]),
+            f"{r['low+unseen']['percentile']:.0f}" if r["low+unseen"] else "",
+        ]
+        for arm, r in o.items()
+    ]
+    columns = ["arm", "high", "low", "low+unseen", "95 %", "percentile"]
+    report.show("O: official languages minus all of their class", columns, rows)
+    rows = [
+        [
+            arm,
+            *(_signed(lost.get(n)) for n in CLASSES),
+            f"{lost['low above high']['p']:.3f}" if lost["low above high"] else "",
+        ]
+        for arm, lost in found["classes"]["lost"].items()
+    ]
+    if rows:
+        columns = ["arm", *CLASSES, "p, low above high"]
+        report.show("accuracy that quantisation loses", columns, rows)
     for promise, kept in found["promises"].items():
         print(f"{ {True: 'yes', False: 'NO ', None: ' - '}[kept] }  {promise}")
 
@@ -143,9 +154,9 @@ def plot(
     report.write(path, image.getvalue())
 
 
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3f}"
+def _signed(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:+.{digits}f}"
 
 
 def _interval(values: Sequence[float] | None) -> str:
-    return "" if values is None else f"{values[0]:+.3f} to {values[1]:+.3f}"
+    return "" if values is None else f"{values[0]:+.2f} {values[1]:+.2f}"
