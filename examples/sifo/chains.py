@@ -1,0 +1,89 @@
+"""The chains of all four tasks: to train on, and held out, from halves that share nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import math_chains
+import qa_chains
+import security_chains
+import text_chains
+from lexicons import HALVES, lexicon
+from samples import SifoSample
+
+from recipes_peft import data
+from recipes_peft.data import Example
+
+__all__ = ["Chains"]
+
+LEAST = 2  # steps of a chain
+
+
+class Chains:
+    """Makes chains of one half, the same ones for the same numbers.
+
+    Lengths are drawn evenly from `least` to `most` steps; for `qa` they are rounded up to pairs. A
+    file of real problems or passages takes the place of what is made up, halved by checksum.
+    """
+
+    def __init__(self, half: str, given: Any, avoid: Iterable[str] = ()) -> None:
+        self.half, self.given = half, given
+        self.lexicon = lexicon(half, given.seed, avoid)
+        self.texts = text_chains.sentences(given.text, half, given.least_words, given.most_words)
+        self.problems = _half(
+            math_chains.from_answers(
+                Path(given.math), LEAST, max(given.train_steps, given.test_steps)
+            )
+            if given.math != "made"
+            else [],
+            half,
+            lambda sample: sample.steps[0],
+        )
+        self.passages = _half(
+            qa_chains.passages(Path(given.qa), given.most_passage_words)
+            if given.qa != "made"
+            else [],
+            half,
+            lambda passage: passage.text,
+        )
+
+    def make(self, task: str, count: int, most: int, least: int = LEAST) -> list[SifoSample]:
+        """Make chains of a task, none twice; fewer if there are not as many."""
+        generator = random.Random(f"{self.given.seed} {self.half} {task}")
+        found: dict[tuple[str, ...], SifoSample] = {}
+        for number in range(3 * count):
+            if len(found) == count:
+                break
+            sample = self._one(task, generator, number, most, least)
+            if sample is not None:
+                found.setdefault((sample.context, *sample.steps), sample)
+        return list(found.values())
+
+    def _one(
+        self, task: str, generator: random.Random, number: int, most: int, least: int
+    ) -> SifoSample | None:
+        steps = generator.randint(least, most)
+        if task == "text_modification":
+            return text_chains.make(generator, self.lexicon, self.texts, steps)
+        if task == "security":
+            return security_chains.make(generator, self.lexicon, steps)
+        if task == "qa" and self.passages:
+            return qa_chains.from_passage(generator, generator.choice(self.passages), steps)
+        if task == "qa":
+            return qa_chains.make(generator, self.lexicon, steps)
+        if self.problems:
+            sample = self.problems[number % len(self.problems)]
+            return sample if least <= len(sample.steps) <= most else None
+        return math_chains.make(generator, self.lexicon, steps)
+
+
+def _half(things: list[Any], half: str, text: Callable[[Any], str]) -> list[Any]:
+    """Give the things whose text's checksum falls into the half."""
+    if not things:
+        return []
+    numbered = [Example(str(i), "", text(thing)) for i, thing in enumerate(things)]
+    parts = data.split(numbered, max(1, len(things) // 4), 0)
+    return [things[int(e.prompt)] for e in parts[HALVES.index(half)]]
