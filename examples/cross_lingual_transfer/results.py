@@ -60,7 +60,7 @@ def present(
         arm: [analysis.analyse(c, data, task, given.task) for c in several]
         for arm, several in cells.items()
     }
-    table(given, data, main, found, analysed, gaps, changes)
+    table(given, data, main, found, analysed, gaps)
     by_language(main, data.test.languages, pooled)
     kept = promises(given, data, pooled, gaps, found, main)
     for promise, met in kept.items():
@@ -114,45 +114,32 @@ def table(
     found: Mapping[str, Sequence[dict[str, Any]]],
     analysed: Mapping[str, Sequence[dict[str, Any]]],
     gaps: Mapping[str, tuple[float, float]],
-    changes: Mapping[str, tuple[float, float]],
 ) -> None:
     """Show each arm: within, across and gap, and what else of them is one number."""
-    rows = []
+    rows, more = [], []
     for arm, runs in analysed.items():
         if arm in CHECKS:
             continue
+        first, (low, high) = found[arm][0], gaps[arm]
         metrics = [run["metrics"][main] for run in runs]
-        means = [
-            _spread([m["means"][name] for m in metrics]) for name in ("within", "across", "gap")
-        ]
-        script = [
-            _spread([m["by_script"][name] for m in metrics])
-            if name in metrics[0]["by_script"]
-            else ""
+        means = [_spread([m["means"][k] for m in metrics]) for k in ("within", "across", "gap")]
+        trained = f"{first['trained']:,}" if "trained" in first else ""
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append([arm, trained, str(len(runs)), *means, interval])
+        known = metrics[0]["by_script"]
+        scripts = [
+            _spread([m["by_script"][name] for m in metrics]) if name in known else ""
             for name in ("same", "different")
         ]
         hard = [statistics.mean(run["hard"].values()) for run in found[arm] if run["hard"]]
-        low, high = gaps[arm]
-        first = found[arm][0]
-        rows.append(
-            [
-                arm,
-                f"{first['trained']:,}" if "trained" in first else "",
-                str(len(runs)),
-                *means,
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                *script,
-                _spread(hard) if hard else "",
-                f"{statistics.mean(r['seconds'] for r in found[arm]):.0f}"
-                if "seconds" in first
-                else "",
-            ]
-        )
-    columns = ["", "trained", "seeds", "within", "across", "gap", "gap, 95 %"]
-    columns += ["across, same script", "different", "hard within", "training, s"]
+        seconds = [run["seconds"] for run in found[arm] if "seconds" in run]
+        spent = f"{statistics.mean(seconds):.0f}" if seconds else ""
+        more.append([arm, *scripts, _spread(hard) if hard else "", spent])
     size = f"{len(data.test)} rows, {len(data.test.languages)} languages"
-    title = f"{given.task}, {main} in points, {size}"
-    report.show(title, columns, rows)
+    columns = ["", "trained", "seeds", "within", "across", "gap", "gap, 95 %"]
+    report.show(f"{given.task}, {main} in points, {size}", columns, rows)
+    columns = ["", "across, one script", "across scripts", "within, hard", "training, s"]
+    report.show("across by script; within with negatives of most overlap", columns, more)
 
 
 def by_language(main: str, languages: Sequence[str], pooled: Mapping[str, Scores]) -> None:
