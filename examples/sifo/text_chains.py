@@ -127,7 +127,8 @@ def sentences(source: str, half: str, least: int, most: int) -> list[str]:
         parts = [(e.group, e.answer) for e in boolq.passages(assets.fetch("boolq"))]
         parts = [(group, text.partition(" -- ")[2] or text) for group, text in parts]
     else:
-        paragraphs = re.split(r"\n\s*\n|\n ?= .*? = ?\n", opened(Path(source)))
+        # headings of WikiText stand between equals signs
+        paragraphs = re.split(r"\n\s*\n|(?m:^ *=.*= *$)", opened(Path(source)))
         parts = [(p, " ".join(p.split())) for p in paragraphs]
     ours = [text for group, text in parts if HALVES[_checksum(group) % 2] == half]
     found = [s for text in ours for s in _pieces(text, least, most)]

@@ -182,7 +182,8 @@ def test_real_passages_become_chains(recipe: Any, tmp_path: Path) -> None:
 def test_texts_of_a_file_are_halved(recipe: Any, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     lines = [f"Line {i} has one plain sentence of eight words. It ends here." for i in range(30)]
-    file.write_text("\n\n".join(lines))
+    headings = " = A heading of at least eight words = \n \n = = Below it one more, as long = = \n"
+    file.write_text(headings + "\n\n".join(lines))
     halves = [recipe.text_chains.sentences(str(file), half, 8, 20) for half in ("train", "test")]
     assert len(halves[0]) + len(halves[1]) == 30
     assert not set(halves[0]) & set(halves[1])
