@@ -86,14 +86,15 @@ def rounded_loss(
 def inject(model: Any, factor: float) -> Any:
     """Give a copy of an OPT in which one channel is `factor` times larger, to no effect.
 
-    Row and bias of a channel of `fc1` are multiplied, its column of `fc2` is divided: ReLU in
-    between keeps the function.
+    Row and bias of a channel of the first `fc1`, the one of the largest row, are multiplied, its
+    column of `fc2` is divided: ReLU in between keeps the function.
     """
     changed = copy.deepcopy(model)
     block = blocks(changed)[0]
-    block.fc1.weight[0] *= factor
-    block.fc1.bias[0] *= factor
-    block.fc2.weight[:, 0] /= factor
+    channel = block.fc1.weight.norm(dim=1).argmax()
+    block.fc1.weight[channel] *= factor
+    block.fc1.bias[channel] *= factor
+    block.fc2.weight[:, channel] /= factor
     return changed
 
 
