@@ -26,14 +26,14 @@ class Chains:
     """Makes chains of one half, the same ones for the same numbers.
 
     Lengths are drawn evenly from `least` to `most` steps; for `qa` they are rounded up to pairs. A
-    file of real problems or passages takes the place of what is made up, halved by checksum.
+    file of real problems or passages takes the place of what is made up; a quarter is tested.
     """
 
     def __init__(self, half: str, given: Any, avoid: Iterable[str] = ()) -> None:
         self.half, self.given = half, given
         self.lexicon = lexicon(half, given.seed, avoid)
         self.texts = text_chains.sentences(given.text, half, given.least_words, given.most_words)
-        self.problems = _half(
+        self.problems = _part(
             math_chains.from_answers(
                 Path(given.math), LEAST, max(given.train_steps, given.test_steps)
             )
@@ -42,7 +42,7 @@ class Chains:
             half,
             lambda sample: sample.steps[0],
         )
-        self.passages = _half(
+        self.passages = _part(
             qa_chains.passages(Path(given.qa), given.most_passage_words)
             if given.qa != "made"
             else [],
@@ -80,8 +80,8 @@ class Chains:
         return math_chains.make(generator, self.lexicon, steps)
 
 
-def _half(things: list[Any], half: str, text: Callable[[Any], str]) -> list[Any]:
-    """Give the things whose text's checksum falls into the half."""
+def _part(things: list[Any], half: str, text: Callable[[Any], str]) -> list[Any]:
+    """Give what of these things is to be trained on, three quarters by checksum, or tested."""
     if not things:
         return []
     numbered = [Example(str(i), "", text(thing)) for i, thing in enumerate(things)]
