@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from vllm import envs
@@ -23,13 +22,12 @@ class RoadFolderResolver(LoRAResolver):
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Give the request of an adapter of that name for that model, None if there is none."""
         path = (self.folder / lora_name).resolve()
-        if path.parent != self.folder or not is_road(path):
+        if Path(lora_name).name != lora_name or path.parent != self.folder or not is_road(path):
             return None
         theirs = config_of(path).get("base_model_name_or_path") or base_model_name
         if Path(theirs).name.lower() != Path(base_model_name).name.lower():
             return None
-        number = int.from_bytes(hashlib.sha256(lora_name.encode()).digest()[:7], "big") + 1
-        return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+        return LoRARequest(lora_name, 1, str(path))  # vLLM numbers it anew
 
 
 def install() -> None:
