@@ -3,12 +3,15 @@
 The panels of RoAd's figure 4 (the rank of LoRA, the number of generated tokens, the number of
 distinct adapters), workloads, and prefill. Compared are the bare model, one adapter merged, RoAd of
 this library and of PEFT, LoRA as PEFT mixes it, as batched and as grouped products, and (IA)3. On
-CUDA also the rotation alone. Usage: `python -m benchmarks.serve --quick`.
+CUDA also the rotation alone. Usage: `python -m benchmarks.serve --quick`. With `--engine vllm`,
+inside vLLM: RoAd against LoRA of the same engine, under the same load.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -302,5 +305,21 @@ COMMAND = Command(
     rounds={"tiny": 2, "quick": 5, "full": 11, "gpu": 20},
 )
 
+
+def _run() -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    chosen, others = parser.parse_known_args()
+    if chosen.engine == "transformers":
+        return main(COMMAND, others)
+    from benchmarks._vllm import PANELS as VLLM_PANELS
+    from benchmarks._vllm import vllm_points
+
+    return main(
+        replace(COMMAND, name="serve_vllm", points=vllm_points, panels=VLLM_PANELS, aims=()),
+        others,
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(COMMAND))
+    raise SystemExit(_run())
