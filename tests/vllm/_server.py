@@ -16,7 +16,7 @@ import httpx
 
 from tests.vllm._models import LENGTH, Answer
 
-PATIENCE = 400.0  # seconds until a server that does not start fails
+PATIENCE = 900.0  # seconds until a server that does not start fails
 
 
 @contextmanager
