@@ -46,7 +46,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	$(VLLM_PIP) $(TORCH) packaging
 	$(VLLM_PIP) --no-deps $(VLLM)
 	@$(VLLM_VENV)/bin/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
-	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt -e . pytest httpx hypothesis
+	$(VLLM_PIP) -r $(VLLM_VENV)/requirements.txt -e ".[bench]" pytest httpx hypothesis
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.ready

@@ -43,10 +43,10 @@ def answer_of(adapted: dict[str, Any], name: str | None, prompt: list[int]) -> A
     return expected(tuned, prompt)
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
-def llm(request: Any, base: Path, adapted: dict[str, Any]) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def llm(base: Path, adapted: dict[str, Any]) -> Iterator[Any]:
     """An engine with four slots, and room for six adapters in the host's memory."""
-    with engine(base, max_cpu_loras=6, enforce_eager=request.param == "eager") as running:
+    with engine(base, max_cpu_loras=6) as running:
         yield running
 
 
