@@ -77,7 +77,9 @@ def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     top = vectors[:, -rank:].flip(1)
     top = top * top.gather(0, top.abs().argmax(0, keepdim=True)).sign()  # else up to rounding
-    roots = values[-rank:].flip(0).clamp(min=1e-300) ** 0.25  # of the singular values
+    # of the singular values; one that is 0 up to rounding may come out negative, and divides
+    least = (values[-1] * torch.finfo(values.dtype).eps).clamp(min=torch.finfo(values.dtype).tiny)
+    roots = values[-rank:].flip(0).clamp(min=least) ** 0.25
     if n <= m:
         right = top.t() * roots[:, None]
         return matrix @ top / roots, right

@@ -210,6 +210,23 @@ def test_the_closed_form_is_the_least_error_of_its_rank() -> None:
         assert left(a + 0.01 * torch.randn_like(a), b + 0.01 * torch.randn_like(b)) > best
 
 
+@pytest.mark.parametrize("outputs", [10, 40])
+@pytest.mark.parametrize("missing_rank", [0, 2])
+def test_a_rank_above_what_is_missing_adds_nothing(missing_rank: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (
+        torch.randn(n, missing_rank, generator=generator, dtype=torch.float64)
+        for n in (24, outputs)
+    )
+    moments = Moments(24, {"layer": outputs}, torch.device("cpu"))
+    moments.second += torch.eye(24)
+    moments.cross["layer"] += left @ right.t()  # other singular values are 0 up to rounding
+    moments.tokens += 1
+    a, b = moments.solve(min(24, outputs), damping=0.0)["layer"]
+    assert torch.cat((a.flatten(), b.flatten())).abs().max() < 1e3
+    torch.testing.assert_close(b @ a, (right @ left.t()).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_rank_above_the_width_of_a_layer_is_filled_up() -> None:
     _, reports = quantize(
         tiny(), tokens(4), config(r=100, lora_alpha=100), preset("fast"), show_progress=False
