@@ -121,8 +121,8 @@ class PackedLinear(nn.Module):
             x, lora_x: (..., K). lora_a: (r, K). lora_b: (N, r). Returns (..., N).
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        kind = copy_for(self.bits, self.group_size, x.dtype)
-        if self._has_few_rows(kind, x, lora_a, lora_b, lora_x):
+        kind = self._few_rows(x, lora_a, lora_b, lora_x)
+        if kind is not None:
             rows = x.reshape(-1, self.in_features)
             y = self._copy(kind).product(rows)
             if bias is not None:
@@ -134,13 +134,16 @@ class PackedLinear(nn.Module):
         packed = (self.qweight, self.qzeros, self.scales, bias, self.bits)
         return packed_linear(x, *packed, lora_a, lora_b, scale, lora_x)
 
-    def _has_few_rows(self, kind: Copy, x: Tensor, *others: Tensor | None) -> bool:
-        """Tell whether a copy of the codes serves: few rows on a CPU, and nothing to learn."""
+    def _few_rows(self, x: Tensor, *others: Tensor | None) -> Copy | None:
+        """Give the copy of the codes that serves: few rows on a CPU, and nothing to learn."""
         if x.device.type != "cpu" or self.training or torch.compiler.is_compiling():
-            return False
+            return None
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-            return False
-        return x.dtype != torch.float64 and 0 < x.numel() <= kind.most_rows * self.in_features
+            return None
+        if x.dtype == torch.float64:
+            return None
+        kind = copy_for(self.bits, self.group_size, x.dtype)
+        return kind if 0 < x.numel() <= kind.most_rows * self.in_features else None
 
     def _copy(self, kind: Copy) -> AlongOutputs | Words:
         """Give the codes in the other order, made anew if they were not there or have changed."""
