@@ -60,7 +60,6 @@ def main() -> int:
         for arm, (about, grid) in one.tested().items():
             found.setdefault(arm, []).append(about)
             cells.setdefault(arm, []).append(grid)
-        accelerator.free_memory()
     results.present(given, out, data, task, found, cells)
     return 0
 
