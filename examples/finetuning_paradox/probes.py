@@ -10,35 +10,17 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import torch
 from formality import REGISTERS, Contrast, labels
+from likelihood import row_losses
 from literalness import contextual_hit, crossing_rate, dictionary_links, unaligned_share
 from retention import Figure
 from sacrebleu.metrics import CHRF
-from torch.nn import functional as F
 
 from recipes_peft import loop, translation
-from recipes_peft.data import Encoded, collate
+from recipes_peft.data import Encoded
 from recipes_peft.parallel import Pair
 
 Probe = Callable[[Any], Figure]
-
-
-@torch.no_grad()
-def row_losses(model: Any, rows: Sequence[Encoded], batch_size: int, pad: int) -> list[float]:
-    """Give the loss of each row's answer, summed over its tokens, in nats."""
-    model.eval()
-    found = [0.0] * len(rows)
-    ranked = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].answer))
-    for start in range(0, len(ranked), batch_size):
-        chosen = ranked[start : start + batch_size]
-        batch = loop.to(collate([rows[i] for i in chosen], pad), model.device)
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        for i, value in zip(chosen, losses.sum(1).tolist(), strict=True):
-            found[i] = value
-    return found
 
 
 class Maker:

@@ -32,6 +32,8 @@ from recipes_peft import config, errors, loop, models, report, text
 from recipes_peft.data import collate
 from road_peft import RoadConfig
 
+LATER = ("out", "seeds", "arms", "once")  # settings that change no finished run
+
 
 def attach(tuner: str, model: Any, samples: torch.Tensor, given: Settings) -> Any:
     """Give the model with what is trained: all weights, rotations, or a LoRA on low bits."""
@@ -75,10 +77,11 @@ def main() -> int:
         }
 
     runs = {"base": finished(out, "base", given, accelerator, base)}
-    for seed in map(int, given.seeds):
-        for arm in given.arms:
-            job = partial(run_arm, accelerator, arm, seed, corpus, tokenizer, measured, given)
-            runs[f"{arm} {seed}"] = finished(out, f"{arm}-{seed}", given, accelerator, job)
+    seeds = [int(seed) for seed in given.seeds]
+    planned = [(arm, seed) for seed in seeds for arm in given.arms]
+    for arm, seed in dict.fromkeys(planned + [(arm, seeds[0]) for arm in given.once]):
+        job = partial(run_arm, accelerator, arm, seed, corpus, tokenizer, measured, given)
+        runs[f"{arm} {seed}"] = finished(out, f"{arm}-{seed}", given, accelerator, job)
     if accelerator.is_main_process:
         present(out, asdict(given), runs)
     return 0
@@ -89,7 +92,7 @@ def finished(
 ) -> dict[str, Any]:
     """Give what a run found: from its file if that is of the same settings, else by running it."""
     file = out / "runs" / f"{name}.json"
-    settings = {k: v for k, v in asdict(given).items() if k not in ("out", "seeds", "arms")}
+    settings = {k: v for k, v in asdict(given).items() if k not in LATER}
     if file.exists():
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if kept["settings"] == settings:

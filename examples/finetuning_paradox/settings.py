@@ -25,6 +25,7 @@ class Settings:
     out: str = field(metadata={"help": "folder for the results; finished runs in it are kept"})
     seeds: list[str]
     arms: list[str] = field(metadata={"help": f"{'|'.join(TUNERS)}-{'|'.join(STREAMS)}"})
+    once: list[str] = field(metadata={"help": "arms with the first seed only"})
     pairs: int
     longest: int = field(metadata={"help": "characters of a side of a pair"})
     share: float = field(metadata={"help": "of rows, of running text in mixed streams"})
@@ -54,6 +55,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         arms = [f"{tuner}-{stream}" for tuner in TUNERS for stream in STREAMS]
-        config.check(self, ("warmup",), {"arms": arms, "preset": PRESETS})
+        config.check(self, ("warmup",), {"arms": arms, "once": arms, "preset": PRESETS})
         if not all(seed.isdigit() for seed in self.seeds):
             raise errors.UserError(f"seeds are {self.seeds}; they must be whole numbers")

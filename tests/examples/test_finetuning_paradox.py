@@ -190,6 +190,32 @@ def test_likelihood_probes_are_those_of_one_row_at_a_time(recipe: Any) -> None:
     assert steer.value == pytest.approx(wanted_steer, rel=1e-2, abs=1e-3)
 
 
+def test_what_prompts_share_is_run_once(recipe: Any) -> None:
+    model = tiny.model().double().eval()
+    draw = random.Random(0)
+
+    def some(count: int) -> list[int]:
+        return [draw.randrange(256) for _ in range(count)]
+
+    examples = some(70), some(40)
+    examples = examples[0], examples[0][:9] + examples[1]  # they begin alike
+    rows = [Encoded(examples[i % 2] + some(1 + i % 5), some(1 + i % 3)) for i in range(11)]
+    rows += [Encoded(some(50), some(2)), Encoded(some(3), some(4)), Encoded(examples[0], some(2))]
+    columns: list[int] = []
+    forward = model.forward
+
+    def counted(**batch: Any) -> Any:
+        columns.append(batch["input_ids"].numel())
+        return forward(**batch)
+
+    model.forward = counted  # type: ignore[method-assign]
+    found = recipe.likelihood.row_losses(model, rows, 4, 256)
+    together = sum(columns)
+    alone = [recipe.likelihood.row_losses(model, [row], 4, 256)[0] for row in rows]
+    assert found == pytest.approx(alone, rel=1e-9)
+    assert together < sum(columns[len(columns) - len(rows) :]) / 2
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _recipes.elsewhere(tmp_path, monkeypatch)
@@ -219,7 +245,8 @@ def test_a_run_with_all_probes_and_its_resumption(
     (elsewhere / "pronouns.jsonl").write_text(json.dumps(line), encoding="utf-8")
     (elsewhere / "words.tsv").write_text("cat\tgato\n", encoding="utf-8")
     options = ["--formality", "cocoa", "--pronouns", "pronouns.jsonl", "--dictionary", "words.tsv"]
-    arms = ["--arms", "full-par", "full-control", "full-mix", "road-total", "apiq-par"]
+    arms = ["--arms", "full-par", "full-control", "--once", "full-mix", "road-total", "apiq-par"]
+    arms += ["--seeds", "0", "1"]
     assert run(*options, *arms) == 0
     out = elsewhere / "demo-output"
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -227,14 +254,14 @@ def test_a_run_with_all_probes_and_its_resumption(
     assert results["judged"].keys() == {"full"}  # the others lack an arm
     header, *table = (out / "abilities.csv").read_text(encoding="utf-8").splitlines()
     assert header.split(",")[2:] == list(recipe.retained.SHOWN)
-    assert len(table) == 1 + 4 * 2 + 3  # the base; two checkpoints; of apiq, before them as well
+    assert len(table) == 1 + 6 * 2 + 3  # the base; two checkpoints; of apiq, before them as well
     assert (out / "abilities.png").read_bytes().startswith(b"\x89PNG")
     mixed = json.loads((out / "runs" / "full-mix-0.json").read_text(encoding="utf-8"))
     assert [point["parallel"] for point in mixed["checkpoints"]] == [8, 16]
     assert 0.4 < mixed["token_share"] < 0.9
     capsys.readouterr()
     assert run(*options, *arms) == 0
-    assert capsys.readouterr().out.count("found in") == 6
+    assert capsys.readouterr().out.count("found in") == 8
 
 
 @pytest.mark.parametrize(
