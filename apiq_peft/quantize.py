@@ -52,9 +52,10 @@ def quantize(
 
     Where a batch has an `attention_mask` (or `decoder_attention_mask`) of its states' samples and
     length, padding counts neither in losses nor in errors nor in the closed form. Several processes
-    (`accelerate launch`, `torchrun`) each call this with the same arguments: they share the
-    batches, so that P of them do what one does with P times the `batch_size`, and end with the same
-    model; the first one alone writes.
+    (`accelerate launch`, `torchrun`, on one machine or several) each call this with the same
+    arguments: they share the batches, so that P of them do what one does with P times the
+    `batch_size`, and end with the same model; the first one alone writes. Another number of them
+    may go on from `folder`, on the same steps, if it divides their batches.
 
     Texts need the model's `tokenizer`: `count` windows of `length` tokens are taken from them, the
     first ones, or with `seed` random ones.
@@ -173,7 +174,7 @@ def _finish_together(
     """Run the last pass, if there is one, and report its losses with the last block."""
     if not settings.final_epochs:
         return
-    processes, model = Processes.running(), peft_model.get_base_model()
+    processes, model = result.processes, peft_model.get_base_model()
     blocks = model.get_submodule(result.final.stack.name)
     was_training = peft_model.training
     peft_model.eval()

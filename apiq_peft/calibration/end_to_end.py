@@ -42,32 +42,36 @@ def end_to_end(
     before = [p.detach().clone() for p in factors]
     optimizer = torch.optim.AdamW(factors, lr=settings.final_lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
-    steps = settings.final_epochs * len(batches)
+    groups = processes.steps(len(batches))
+    steps = settings.final_epochs * len(groups)
     masks = [_mask(batch) for batch in batches]
     weights = processes.relative([float(m.sum()) for m in masks], factors[0].device)
     losses: list[float] = []
     with tqdm(total=steps, unit="step", disable=not show_progress) as bar:
         for epoch in range(settings.final_epochs):
             total = torch.zeros((), dtype=torch.float64, device=factors[0].device)
-            order = torch.randperm(len(batches), generator=generator).tolist()
-            for step, number in enumerate(order, epoch * len(batches)):
-                each = _divergences(model, final, batches[number], number)
-                real = masks[number].to(each.device)
-                loss = weights[number] * (each * real).sum() / real.sum()
-                mean = loss.detach().double().reshape(1)
+            order = torch.randperm(len(groups), generator=generator).tolist()
+            for step, group in enumerate(order, epoch * len(groups)):
+                optimizer.zero_grad(set_to_none=True)
+                mean = torch.zeros(1, dtype=torch.float64, device=factors[0].device)
+                for number in groups[group]:
+                    each = _divergences(model, final, batches[number], number)
+                    real = masks[number].to(each.device)
+                    loss = weights[number] * (each * real).sum() / real.sum() / processes.each
+                    loss.backward()
+                    mean += loss.detach()
                 processes.average([mean])
                 if not math.isfinite(float(mean)):
+                    optimizer.zero_grad(set_to_none=True)
                     with torch.no_grad():
                         for factor, value in zip(factors, before, strict=True):
                             factor.copy_(value)
                     raise CalibrationError(
-                        f"the loss of the last pass is {float(mean)} in epoch {epoch + 1}, batch"
-                        f" {number}; lower final_lr, or set final_epochs to 0"
+                        f"the loss of the last pass is {float(mean)} in epoch {epoch + 1}, step"
+                        f" {group}; lower final_lr, or set final_epochs to 0"
                     )
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.final_lr * schedule("cosine", 0.1, step / steps)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for one in optimizer.param_groups:
+                    one["lr"] = settings.final_lr * schedule("cosine", 0.1, step / steps)
                 gradients = [p.grad for p in factors if p.grad is not None]
                 processes.average(gradients)
                 torch.nn.utils.clip_grad_norm_(factors, 1.0)
@@ -75,7 +79,7 @@ def end_to_end(
                 total += mean[0]
                 bar.set_postfix_str(f"divergence {float(mean):.4g}")
                 bar.update()
-            losses.append(float(total) / len(batches))
+            losses.append(float(total) / len(groups))
     for factor in factors:
         factor.grad = None
     return losses

@@ -17,7 +17,7 @@ from apiq_peft.calibration.block import Work, calibrate_block
 from apiq_peft.calibration.capture import Batch, Call, Given, Masks, capture
 from apiq_peft.calibration.precision import in_dtype
 from apiq_peft.calibration.processes import Processes
-from apiq_peft.calibration.progress_files import BlockFiles, describe
+from apiq_peft.calibration.progress_files import BlockFiles, describe, step_batches_of
 from apiq_peft.calibration.reports import BlockReport, errors_of, layer_reports
 from apiq_peft.calibration.settings import DTYPES, Calibration
 from apiq_peft.calibration.stacks import Stack, find_stacks
@@ -47,12 +47,14 @@ class Result:
     """What a calibration found.
 
     `solutions` has those of all layers by name, and is empty if a store has taken the blocks;
-    `final` is the last stack with its final states in the full-precision model.
+    `final` is the last stack with its final states in the full-precision model; `processes` says
+    how the batches were shared.
     """
 
     solutions: dict[str, Solution]
     reports: list[BlockReport]
     final: Given
+    processes: Processes
 
 
 def calibrate(
@@ -71,7 +73,8 @@ def calibrate(
     blocks are on the meta device, but for the one that is calibrated.
 
     Several processes give all the same batches and share them: with P of them a step covers what it
-    would in one process with batches P times as large. The first one alone writes files.
+    would in one process with batches P times as large, or that takes P batches a step. The first
+    one alone writes files. Another number of processes may go on from them.
 
     Raises:
         ValueError: a layer cannot be quantised or calibrated, or the batches cannot be shared;
@@ -80,13 +83,15 @@ def calibrate(
         OSError: a file cannot be written; the blocks before are done.
     """
     processes = Processes.running()
+    recorded = processes.from_first(lambda: step_batches_of(folder)) if folder else None
+    processes = processes.stepping(settings.step_batches or recorded)
     own = processes.share(batches)
     names = target_names(model, config)
     stacks = find_stacks(model, names)
     grids = grids_of(model, names, config)
     files = None
     if folder is not None:
-        run = describe(batches, config, settings, processes.count)
+        run = describe(batches, config, settings, processes.together)
         files = processes.from_first(lambda: BlockFiles(folder, run))
     was_training, trained = model.training, {p for p in model.parameters() if p.requires_grad}
     model.eval().requires_grad_(False)
@@ -148,7 +153,7 @@ class _Run:
             full, quantized = self.stack(stack, given_full, given_quantized)
             given_full.append(full)
             given_quantized.append(quantized)
-        return Result(self.solutions, self.reports, given_full[-1])
+        return Result(self.solutions, self.reports, given_full[-1], self.processes)
 
     def stack(
         self, stack: Stack, given_full: Sequence[Given], given_quantized: Sequence[Given]

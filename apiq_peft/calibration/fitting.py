@@ -32,7 +32,8 @@ def fit(
     """Train clipping and LoRA of some layers together; give the mean loss of every epoch.
 
     `loss_of` gives the loss of a batch by its number, which counts as much as `weights` says for
-    that batch. A step takes the mean of losses and gradients over all processes. A loss that is not
+    that batch. A step takes the mean of losses and gradients over its batches on all processes. A
+    loss that is not
     finite on one of them restores on all the state of the last epoch that was sound, and they go on
     once at a tenth of the rates.
 
@@ -43,22 +44,25 @@ def fit(
     clips = [p for layer in layers for p in (layer.quantizer.high_clip, layer.quantizer.low_clip)]
     loras = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     parameters = [*clips, *loras]
-    rate, losses, epoch, batches = 1.0, [], 0, len(weights)
+    rate, losses, epoch = 1.0, [], 0
     sound = [p.detach().clone() for p in parameters]
-    order = list(range(batches))
+    steps = processes.steps(len(weights))
+    order = list(range(len(steps)))
     optimizer = _optimizer(clips, loras, settings, rate)
     while epoch < settings.epochs:
         if settings.shuffle:
-            order = torch.randperm(batches, generator=generator).tolist()
+            order = torch.randperm(len(steps), generator=generator).tolist()
         total = 0.0
-        for step, batch in enumerate(order):
-            share = (epoch * batches + step) / (settings.epochs * batches)
+        for step, number in enumerate(order):
+            share = (epoch * len(steps) + step) / (settings.epochs * len(steps))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(settings.schedule, settings.warmup, share)
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(batch) * weights[batch]
-            loss.backward()
-            mean = loss.detach().clone()
+            mean = torch.zeros((), device=parameters[0].device)
+            for batch in steps[number]:
+                loss = loss_of(batch) * (weights[batch] / processes.each)
+                loss.backward()
+                mean += loss.detach()
             processes.average([mean, *(p.grad for p in parameters if p.grad is not None)])
             value = float(mean)
             if not math.isfinite(value):
@@ -69,7 +73,7 @@ def fit(
             total += value
         else:
             epoch += 1
-            losses.append(total / batches)
+            losses.append(total / len(steps))
             sound = [p.detach().clone() for p in parameters]
             progress(epoch, losses[-1])
             continue

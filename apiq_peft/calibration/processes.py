@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +19,13 @@ T = TypeVar("T")
 class Processes:
     """This process among `count`, of which each has the whole model and its share of the batches.
 
-    With one process every method gives back what it was given.
+    A step of a training takes `each` batches on every process. With one process and one batch a
+    step every method gives back what it was given.
     """
 
     rank: int = 0
     count: int = 1
+    each: int = 1
 
     @classmethod
     def running(cls) -> Processes:
@@ -35,18 +37,43 @@ class Processes:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
+    @property
+    def together(self) -> int:
+        """Batches of a step, over all processes."""
+        return self.each * self.count
+
+    def stepping(self, batches: int | None) -> Processes:
+        """Give the same processes with so many batches of a step together, by default one each.
+
+        Raises:
+            ValueError: the processes cannot share them evenly.
+        """
+        each, left = divmod(batches or self.count, self.count)
+        if left:
+            raise ValueError(
+                f"the {batches} batches of a step cannot be shared evenly by {self.count}"
+                " processes; start a number of processes that divides them"
+            )
+        return replace(self, each=each)
+
     def share(self, items: Sequence[T]) -> list[T]:
         """Give the items of this process: of every `count` in a row, one.
 
         Raises:
-            ValueError: some process would get one less, and the others would wait for it.
+            ValueError: some process would get one less, and the others would wait for it; or some
+                step would be smaller.
         """
-        if len(items) % self.count:
+        if len(items) % self.together:
+            by = f"in steps of {self.together} " if self.each > 1 else ""
             raise ValueError(
-                f"{len(items)} batches cannot be shared evenly by {self.count} processes; give a"
-                " multiple, by other samples or another batch_size"
+                f"{len(items)} batches cannot be shared evenly {by}by {self.count} processes; give"
+                " a multiple, by other samples or another batch_size"
             )
         return list(items[self.rank :: self.count])
+
+    def steps(self, items: int) -> list[list[int]]:
+        """Give the numbers of this process's batches, of which it has so many, step by step."""
+        return torch.arange(items).view(-1, self.each).tolist()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Put the sums over all processes into tensors of one dtype, by one exchange."""
@@ -71,15 +98,16 @@ class Processes:
                 dist.broadcast(tensor.detach(), 0)
 
     def relative(self, amounts: Sequence[float], device: torch.device) -> list[float]:
-        """Give the tokens of every batch relative to those of the same step on all processes.
+        """Give the tokens of every batch relative to the mean of those of the same step.
 
-        The mean over processes of a batch's mean loss times this is the mean over all tokens.
+        The mean over a step's batches of their mean loss times this is the mean over all tokens.
         """
-        if self.count == 1:
+        if self.together == 1:
             return [1.0] * len(amounts)
-        mean = torch.tensor(amounts, dtype=torch.float64, device=device)
+        own = torch.tensor(amounts, dtype=torch.float64, device=device)
+        mean = own.view(-1, self.each).mean(1, keepdim=True)
         self.average([mean])
-        return [a / max(m, 1e-30) for a, m in zip(amounts, mean.tolist(), strict=True)]
+        return (own.view(-1, self.each) / mean.clamp(min=1e-30)).flatten().tolist()
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Run `action` on the first process alone, and give its result to all.

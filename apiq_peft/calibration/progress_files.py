@@ -47,10 +47,7 @@ class BlockFiles:
             with appearing(path) as part:
                 part.write_text(text)
             return
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({error}); delete the folder") from error
+        before = _read(path)
         now = json.loads(text)
         other = sorted(k for k in before.keys() | now if before.get(k) != now.get(k))
         if other:
@@ -105,23 +102,45 @@ class BlockFiles:
 
 
 def describe(
-    batches: Sequence[Batch], config: ApiQConfig, settings: Calibration, processes: int
+    batches: Sequence[Batch], config: ApiQConfig, settings: Calibration, step_batches: int
 ) -> dict[str, Any]:
     """Say what a calibration depends on, so that another is not mistaken for it."""
     samples = [digest(batch[name]) for batch in batches for name in sorted(batch)]
     adapter = {k: v for k, v in config.to_dict().items() if k != "base_model_name_or_path"}
     return {
         "adapter": {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()},
-        "settings": {k: v for k, v in asdict(settings).items() if k != "cache_dir"},
+        "settings": {k: v for k, v in asdict(settings).items() if k != "cache_dir"}
+        | {"step_batches": step_batches},
         "samples": samples,
-        "processes": processes,
     }
+
+
+def step_batches_of(folder: Path) -> int | None:
+    """Give the batches of a step of the calibration that a folder holds; None if it holds none.
+
+    Raises:
+        ValueError: the description of that calibration cannot be read.
+    """
+    path = folder / _RUN
+    if not path.exists():
+        return None
+    return _read(path)["settings"]["step_batches"]
 
 
 def digest(tensor: Tensor) -> str:
     """Give a short fingerprint of a tensor's bytes."""
     held = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found["settings"], dict):
+            raise TypeError("its settings are none")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete the folder") from error
+    return found
 
 
 def read_part(folder: Path, block: str, name: str) -> Tensor:

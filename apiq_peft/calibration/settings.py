@@ -33,7 +33,14 @@ class Calibration:
     epochs: int = field(
         default=20, metadata={"help": "Passes over the samples; 0 leaves the initial values."}
     )
-    batch_size: int = field(default=1, metadata={"help": "Samples of one step."})
+    batch_size: int = field(default=1, metadata={"help": "Samples of one batch."})
+    step_batches: int | None = field(
+        default=None,
+        metadata={
+            "help": "Batches of one step, over all processes; one for each process if not given. A"
+            " calibration goes on with as many processes as divide it."
+        },
+    )
     clip_lr: float = field(default=5e-3, metadata={"help": "Learning rate of the clipping."})
     clip_weight_decay: float = field(
         default=0.1, metadata={"help": "Weight decay of the clipping; it pulls to a tighter range."}
@@ -112,12 +119,14 @@ class Calibration:
             ("epochs", 0),
             ("final_epochs", 0),
             ("batch_size", 1),
+            ("step_batches", 1),
             ("clip_lr", 0),
             ("lora_lr", 0),
             ("final_lr", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, below 1")
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from apiq_peft.quantize import quantize_folder
 from tests.apiq_peft._models import tiny, tokens
 
 CONFIG = ApiQConfig(bits=2, group_size=32, r=4, lora_alpha=8)
+STEPS = preset("best", epochs=2, shuffle=True, step_batches=4)
 RUNS: dict[str, Calibration] = {
     "block": preset("best", epochs=2, shuffle=True),
     "layer": preset("apiq-lw", epochs=2, lora_lr=5e-3),
     "refit": preset("fast", closed_form="refit"),
+    "steps": STEPS,
 }
 
 
@@ -88,6 +91,19 @@ def one_of_two(rank: int, port: int, out: Path) -> None:
     (out / "broken").mkdir(exist_ok=True)
     (out / "broken" / "calibration.json").write_text("nonsense")
     failing(lambda: solved(preset("fast"), 1, folder=out / "broken"))
+    failing(lambda: solved(preset("fast", step_batches=3), 1))
+    failing(lambda: quantize(tiny(), tokens(6), CONFIG, STEPS, show_progress=False))
+    # interrupted in the second block, for one process to go on
+    real_fit, failed = block.fit, RuntimeError("interrupted")
+
+    def interrupted(where: str, *args: Any) -> list[float]:
+        if "1" in where:
+            raise failed
+        return real_fit(where, *args)
+
+    block.fit = interrupted
+    failing(lambda: solved(STEPS, 1, folder=out / "interrupted"))
+    block.fit = real_fit
     (out / f"messages-{rank}").write_text("\n".join(messages))
 
 
@@ -117,8 +133,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_find_what_one_finds_with_batches_of_two(name: str, both: Path) -> None:
     first, second = (load_file(both / f"{name}-{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(tensor, second[n]) for n, tensor in first.items())
-    alone = solved(RUNS[name], 2)
+    alone = solved(RUNS[name], 1 if name == "steps" else 2)
     assert first.keys() == alone.keys()
+    if name == "steps":  # errors are of the first batches: another one for each process
+        alone.pop("errors")
     for key, wanted in alone.items():
         if wanted.is_floating_point():
             assert torch.allclose(first[key].float(), wanted.float(), rtol=1e-3, atol=1e-4), key
@@ -154,6 +172,24 @@ def test_both_fail_with_a_reason(both: Path) -> None:
     assert "exists; choose a new folder" in second[1]
     assert "calibration.json cannot be read" in first[2]
     assert second[2].startswith("RuntimeError: the first process failed")
+    assert "the 3 batches of a step cannot be shared evenly by 2 processes" in first[3]
+    assert "6 batches cannot be shared evenly in steps of 4 by 2 processes" in first[4]
+
+
+def test_another_number_of_processes_goes_on(both: Path) -> None:
+    folder = both / "interrupted"
+    assert "interrupted" in (both / "messages-1").read_text().splitlines()[5]
+    done = sorted(p.name for p in folder.glob("*.safetensors"))
+    assert done == ["model.layers.0.safetensors"]
+    settings = replace(STEPS, step_batches=None)  # the folder knows
+    found, wanted = solved(settings, 1, folder=folder), solved(STEPS, 1)
+    losses = len(wanted["losses"]) - STEPS.epochs  # those of the first block are gone
+    assert torch.allclose(found.pop("losses"), wanted.pop("losses")[-losses:], rtol=1e-3)
+    for key, tensor in wanted.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(found[key].float(), tensor.float(), rtol=1e-3, atol=1e-4), key
+        else:
+            assert (found[key] != tensor).float().mean() < 0.02, key
 
 
 def test_a_program_alone_is_one_process() -> None:
@@ -161,3 +197,6 @@ def test_a_program_alone_is_one_process() -> None:
     assert (alone.rank, alone.count) == (0, 1)
     assert alone.share([1, 2, 3]) == [1, 2, 3]
     assert alone.relative([3.0, 5.0], torch.device("cpu")) == [1.0, 1.0]
+    by_two = alone.stepping(2)
+    assert by_two.steps(4) == [[0, 1], [2, 3]]
+    assert by_two.relative([3.0, 5.0], torch.device("cpu")) == [0.75, 1.25]
