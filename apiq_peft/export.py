@@ -197,9 +197,9 @@ class _Stored(nn.Module):
 
     def __init__(self, layer: PackedLinear, format_version: int) -> None:
         super().__init__()
-        words = layer.qzeros
+        words = layer.qzeros.detach()
         groups = torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
-        self.register_buffer("qweight", layer.qweight)
+        self.register_buffer("qweight", layer.qweight.detach())
         self.register_buffer(
             "qzeros", words if format_version == 2 else shift_zeros(words, layer.bits, -1)
         )

@@ -96,7 +96,7 @@ def load_gptq(
     _check_report(place, model, report, state)
     if settings.version == 1:
         for name, layer in packed_layers(model).items():
-            layer.qzeros = state[f"{name}.qzeros"].to(layer.qzeros.device)
+            layer.qzeros.copy_(state[f"{name}.qzeros"])
     return model
 
 

@@ -17,8 +17,10 @@ from kernels_peft.packing import RUN, pack, unpack
 class PackedLinear(nn.Module):
     """A linear layer whose frozen weight is 2-, 3- or 4-bit codes.
 
-    The tensors are those of GPTQ's format 2, without `g_idx`: groups lie in order. No copy of the
-    weight in floating point is kept; the backward dequantises it again. On a CPU a layer that has
+    The tensors are those of GPTQ's format 2, without `g_idx`: groups lie in order. Codes and zero
+    points are frozen parameters, which FSDP2 shards and DDP does not send; scales are a buffer, so
+    that no policy of mixed precision rounds them. No copy of the weight in floating point is kept;
+    the backward dequantises it again. On a CPU a layer that has
     met few rows without a gradient keeps its codes a second time, in an order in which these rows
     are multiplied several times faster; `train()` drops them.
 
@@ -27,8 +29,8 @@ class PackedLinear(nn.Module):
         float16. bias: (N,).
     """
 
-    qweight: Tensor
-    qzeros: Tensor
+    qweight: nn.Parameter
+    qzeros: nn.Parameter
     scales: Tensor
 
     def __init__(
@@ -62,14 +64,11 @@ class PackedLinear(nn.Module):
             "qzeros": (groups, out_features * bits // RUN),
         }
         for name, shape in words.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
+            setattr(self, name, _frozen(torch.zeros(shape, dtype=torch.int32, device=device)))
         scales = torch.zeros(groups, out_features, dtype=SCALE_DTYPE, device=device)
         self.register_buffer("scales", scales)
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
-            if bias
-            else None
-        )
+        zeros = torch.zeros(out_features, dtype=dtype, device=device)
+        self.bias = _frozen(zeros) if bias else None
 
     @classmethod
     def from_codes(
@@ -78,11 +77,11 @@ class PackedLinear(nn.Module):
         """Pack a quantised weight; `dtype` is that of the model."""
         (N, K), groups = codes.codes.shape, codes.scales.shape[1]
         layer = cls(K, N, bits, K // groups, bias is not None, dtype, device="meta")
-        layer.qweight = pack(codes.codes.t(), bits)
-        layer.qzeros = pack(codes.zeros.t(), bits, dim=1)
+        layer.qweight = _frozen(pack(codes.codes.t(), bits))
+        layer.qzeros = _frozen(pack(codes.zeros.t(), bits, dim=1))
         layer.scales = codes.scales.t().contiguous()
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            layer.bias = _frozen(bias.detach().clone())
         return layer
 
     def codes(self) -> Codes:
@@ -187,3 +186,7 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits},"
             f" group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

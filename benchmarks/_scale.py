@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 ADAM = 2 * FULL  # two moments
+SCALE = 16  # bits
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ ROW_PARALLEL = ("o", "down")  # tensor parallelism splits these by inputs, the o
 class Method:
     """What is trained, and in how many bits the frozen linear layers of the blocks are stored.
 
-    `rank` is that of a LoRA, `per_pair` the angles (and the scales) of a RoAd for two outputs; with
-    neither, every weight is trained.
+    `whole_bits` of them are scales, a buffer that every device holds whole. `rank` is that of a
+    LoRA, `per_pair` the angles (and the scales) of a RoAd for two outputs; with neither, every
+    weight is trained.
     """
 
     name: str
     rank: int = 0
     per_pair: int = 0
     bits: float = 16
+    whole_bits: float = 0
 
     @property
     def full(self) -> bool:
@@ -93,14 +96,17 @@ class Method:
 
 def packed_bits(bits: int, group_size: int = 64) -> float:
     """Give the stored bits per weight: a code, and a 16-bit scale and a zero point a group."""
-    return bits + (16 + bits) / group_size
+    return bits + (SCALE + bits) / group_size
 
 
 METHODS = (
     Method("full"),
     Method("LoRA r=16", rank=16),
     Method("RoAd 1", per_pair=1),
-    *(Method(f"ApiQ {b} bits, r=16", rank=16, bits=packed_bits(b)) for b in (4, 3, 2)),
+    *(
+        Method(f"ApiQ {b} bits, r=16", rank=16, bits=packed_bits(b), whole_bits=SCALE / 64)
+        for b in (4, 3, 2)
+    ),
 )
 
 
@@ -131,22 +137,23 @@ def gathered(size: float, devices: int) -> float:
 
 
 def frozen(shape: Shape, method: Method) -> tuple[float, float, float]:
-    """Give the bytes of frozen tensors: parameters of a block, codes of a block, those outside."""
+    """Give the bytes of frozen tensors: parameters of a block, its scales, those outside."""
     if method.full:
         return 0.0, 0.0, 0.0
     norms = 2 * shape.hidden * HALF
-    linears = shape.block_linears * method.bits / 8
-    if method.packed:
-        return norms, linears, shape.root * HALF
-    return norms + linears, 0.0, shape.root * HALF
+    linears, scales = (shape.block_linears * b / 8 for b in (method.bits, method.whole_bits))
+    return norms + linears - scales, scales, shape.root * HALF
 
 
 def ddp(shape: Shape, method: Method, devices: int, tokens: int) -> Step:
-    """Every device has everything; gradients are all-reduced. `tokens` are those of one device."""
-    block, codes, root = frozen(shape, method)
+    """Every device has everything; gradients are all-reduced. `tokens` are those of one device.
+
+    DDP sends buffers as well, if it is not told `broadcast_buffers=False`, as it is taken to be.
+    """
+    block, scales, root = frozen(shape, method)
     trained = method.trained(shape) * FULL
     return Step(
-        weights=shape.blocks * (block + codes) + root + trained,
+        weights=shape.blocks * (block + scales) + root + trained,
         trained=trained * (1 + ADAM / FULL),
         gathered=0,
         checkpoints=_checkpoints(shape, tokens),
@@ -155,18 +162,18 @@ def ddp(shape: Shape, method: Method, devices: int, tokens: int) -> Step:
 
 
 def fsdp2(shape: Shape, method: Method, devices: int, tokens: int) -> Step:
-    """Parameters, gradients and moments are sharded; codes, which are buffers, are not.
+    """Parameters, gradients and moments are sharded; scales, which are buffers, are not.
 
     A block is gathered for the forward and again for the backward, what is outside once. Two blocks
     are whole at a time: the next is on its way.
     """
-    block, codes, root = frozen(shape, method)
+    block, scales, root = frozen(shape, method)
     trained = method.trained(shape) * FULL
     of_root = shape.root * FULL if method.full else 0
     of_block = (trained - of_root) / shape.blocks
     whole = block + of_block
     return Step(
-        weights=(shape.blocks * whole + root + of_root) / devices + shape.blocks * codes,
+        weights=(shape.blocks * whole + root + of_root) / devices + shape.blocks * scales,
         trained=trained * (1 + ADAM / FULL) / devices,
         gathered=2 * whole + root + of_root,
         checkpoints=_checkpoints(shape, tokens),

@@ -181,10 +181,11 @@ class ApiQLinearMethod(LinearMethodBase):
         (rows, N), groups = layer.qweight.shape, layer.scales.shape[0]
         K = rows * RUN // self.bits
         packed = PackedLinear(K, N, self.bits, K // groups, dtype=layer.packed_dtype, device="meta")
+        held = {}
         for name in ("qweight", "qzeros", "scales"):
-            values = getattr(layer, name).data
-            setattr(layer, name, nn.Parameter(values, requires_grad=False))
-            setattr(packed, name, values)
+            held[name] = nn.Parameter(getattr(layer, name).data, requires_grad=False)
+            setattr(layer, name, held[name])
+        packed.load_state_dict(held | {"scales": held["scales"].data}, assign=True)
         packed.check()
         layer.packed = packed.eval()
 

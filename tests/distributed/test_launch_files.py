@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+
+from tests.distributed._launched import solved
+from tests.distributed._two import adam, assert_alike, found, llama, moved, road, train
 
 README = Path(__file__).parents[2] / "README.md"
 SHOWN = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
@@ -22,6 +29,39 @@ def test_accelerate_reads_what_the_readme_shows(number: int, tmp_path: Path) -> 
     known = vars(launch_command_parser().parse_args(["script.py"]))
     assert config.num_processes == 8
     assert set(getattr(config, "fsdp_config", None) or {}) <= set(known)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_what_is_launched_does_what_one_process_does(nodes: int, tmp_path: Path) -> None:
+    (tmp_path / "ddp.yaml").write_text(SHOWN[0])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(tmp_path / "ddp.yaml"), "--num_processes", "2"),
+        *("--num_machines", str(nodes), "--main_process_ip", "127.0.0.1"),
+        *("--main_process_port", str(port)),
+    ]
+    root = README.parent
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    without_gpu = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"PYTHONPATH": path} | without_gpu
+    script = ["-m", "tests.distributed._launched", str(tmp_path)]
+    started = [
+        subprocess.Popen([*command, "--machine_rank", str(node), *script], env=environment)
+        for node in range(nodes)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in started] == [0] * nodes
+    finally:
+        for process in started:
+            process.kill()
+    model = road(llama())
+    seen = found(tmp_path, "road")
+    assert moved(seen)
+    assert_alike(seen, train(model, adam(model)))
+    assert_alike(found(tmp_path, "apiq"), solved())
 
 
 def test_accelerate_leaves_out_what_the_readme_names(monkeypatch: pytest.MonkeyPatch) -> None:
