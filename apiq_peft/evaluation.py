@@ -249,9 +249,10 @@ class Size:
 def size_of(model: Any, adapter_value_bits: int = 16) -> Size:
     """Measure a model; biases of packed layers count among the others."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    held = sum(t.nbytes for m in packed for t in (m.qweight, m.qzeros, m.scales))
+    codes = {t for m in packed for t in (m.qweight, m.qzeros, m.scales)}
+    held = sum(t.nbytes for t in codes)
     adapters = [p for n, p in model.named_parameters() if ".lora_" in n]
-    others = [p for n, p in model.named_parameters() if ".lora_" not in n]
+    others = [p for n, p in model.named_parameters() if ".lora_" not in n and p not in codes]
     values = sum(p.numel() for p in adapters)
     return Size(
         held,

@@ -27,7 +27,8 @@ class in_dtype:  # noqa: N801  # a context manager, used as one
         }
         for block in self.blocks:
             for parameter in block.parameters():
-                if id(parameter) not in students and parameter.dtype != self.dtype:
+                other = parameter.is_floating_point() and parameter.dtype != self.dtype
+                if other and id(parameter) not in students:
                     self.held.append((parameter, parameter.data))
                     parameter.data = parameter.data.to(self.dtype)
 
