@@ -33,9 +33,8 @@ def fit(
 
     `loss_of` gives the loss of a batch by its number, which counts as much as `weights` says for
     that batch. A step takes the mean of losses and gradients over its batches on all processes. A
-    loss that is not
-    finite on one of them restores on all the state of the last epoch that was sound, and they go on
-    once at a tenth of the rates.
+    loss that is not finite on one of them restores on all the state of the last epoch that was
+    sound, and they go on once at a tenth of the rates.
 
     Raises:
         CalibrationError: a loss is not finite a second time; the layers are in their last sound

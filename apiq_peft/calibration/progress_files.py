@@ -124,7 +124,7 @@ def step_batches_of(folder: Path) -> int | None:
     path = folder / _RUN
     if not path.exists():
         return None
-    return _read(path)["settings"]["step_batches"]
+    return _read(path)["settings"].get("step_batches")
 
 
 def digest(tensor: Tensor) -> str:
