@@ -50,6 +50,15 @@ def solved(settings: Calibration, size: int, **options: Any) -> dict[str, Tensor
     return found
 
 
+def assert_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare all tensors of `wanted`, to rounding."""
+    for key, tensor in wanted.items():
+        if tensor.is_floating_point():
+            assert torch.allclose(found[key].float(), tensor.float(), rtol=1e-3, atol=1e-4), key
+        else:  # a weight on the edge between two codes may fall to either side
+            assert (found[key] != tensor).float().mean() < 0.02, key
+
+
 def one_of_two(rank: int, port: int, out: Path) -> None:
     """Do what one of two processes does in the tests below; what it saw lies in files of it."""
     os.environ |= {  # as a launcher sets them
@@ -137,11 +146,7 @@ def test_two_processes_find_what_one_finds_with_batches_of_two(name: str, both: 
     assert first.keys() == alone.keys()
     if name == "steps":  # errors are of the first batches: another one for each process
         alone.pop("errors")
-    for key, wanted in alone.items():
-        if wanted.is_floating_point():
-            assert torch.allclose(first[key].float(), wanted.float(), rtol=1e-3, atol=1e-4), key
-        else:  # a weight on the edge between two codes may fall to either side
-            assert (first[key] != wanted).float().mean() < 0.02, key
+    assert_alike(first, alone)
 
 
 def test_a_loss_that_is_not_finite_on_one_makes_both_try_again(both: Path) -> None:
@@ -185,11 +190,7 @@ def test_another_number_of_processes_goes_on(both: Path) -> None:
     found, wanted = solved(settings, 1, folder=folder), solved(STEPS, 1)
     losses = len(wanted["losses"]) - STEPS.epochs  # those of the first block are gone
     assert torch.allclose(found.pop("losses"), wanted.pop("losses")[-losses:], rtol=1e-3)
-    for key, tensor in wanted.items():
-        if tensor.is_floating_point():
-            assert torch.allclose(found[key].float(), tensor.float(), rtol=1e-3, atol=1e-4), key
-        else:
-            assert (found[key] != tensor).float().mean() < 0.02, key
+    assert_alike(found, wanted)
 
 
 def test_a_program_alone_is_one_process() -> None:
