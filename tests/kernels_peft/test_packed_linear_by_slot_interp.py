@@ -155,8 +155,8 @@ def test_the_rotation_is_that_of_the_finished_layer(
     z = packed_linear_rotated_triton(*layer, *bank[1:4])
     y = packed_linear_triton(*layer)
     rotated = torch.tensor([s if s % 2 == 0 and s <= N else 0 for s in sizes])
-    # There are no fused multiplications here, so that the composition is met bit for bit.
-    assert torch.equal(z, rotate_by_slot_reference(y, bank.table, rotated, turns))
+    # A value is computed again beside its partner, where a BLAS may sum in another order.
+    assert_close(z, rotate_by_slot_reference(y, bank.table, rotated, turns))
     alone = torch.where(turns < 0, True, rotated[turns.clamp(min=0)] == 0)
     assert torch.equal(bit_pattern(z[alone]), bit_pattern(y[alone]))
 
