@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention import attentions
+from attention import Gate, attentions
 from torch import Tensor, nn
 
 from recipes_peft import loop
@@ -88,20 +88,23 @@ class Observer:
 
 @contextmanager
 def weights(model: nn.Module, linears_only: bool = False) -> Iterator[None]:
-    """Round the weights of linear layers, embeddings and norms, for a while.
+    """Round the weights of linear layers, embeddings, norms and gates, for a while.
 
     An embedding that is tied to a head is rounded for itself: the head keeps its precision.
     """
     kinds = (nn.Linear,) if linears_only else (nn.Linear, nn.Embedding, nn.LayerNorm)
-    chosen = [m for _, m in _outside_heads(model) if isinstance(m, kinds)]
-    kept = [module.weight for module in chosen]
+    modules = [m for _, m in _outside_heads(model)]
+    kept = [(m, "weight", m.weight) for m in modules if isinstance(m, kinds)]
+    if not linears_only:
+        gates = [m.weights for m in modules if isinstance(m, Gate)]
+        kept += [(gate, name, weight) for gate in gates for name, weight in gate.named_parameters()]
     try:
-        for module in chosen:
-            module.weight = nn.Parameter(symmetric(module.weight.detach()), requires_grad=False)
+        for module, name, weight in kept:
+            setattr(module, name, nn.Parameter(symmetric(weight.detach()), requires_grad=False))
         yield
     finally:
-        for module, weight in zip(chosen, kept, strict=True):
-            module.weight = weight
+        for module, name, weight in kept:
+            setattr(module, name, weight)
 
 
 @contextmanager
@@ -113,8 +116,8 @@ def activations(
 ) -> Iterator[Sequence[Observer]]:
     """Calibrate on batches, then round activations in every forward pass without gradients.
 
-    Rounded are outputs of linear layers, embeddings, norms and activation functions, sums of
-    residuals, and scores, probabilities and contexts of attention. Gives the quantisers.
+    Rounded are outputs of linear layers, embeddings, norms, activation functions and gates, sums
+    of residuals, and scores, probabilities and contexts of attention. Gives the quantisers.
     """
     observers: list[Observer] = []
 
@@ -157,7 +160,7 @@ def _points(model: nn.Module, linears_only: bool) -> Iterator[nn.Module]:
             inside = f"{name}."
             yield module
         elif not linears_only and (
-            isinstance(module, nn.Embedding | nn.LayerNorm) or name.endswith(FUNCTIONS)
+            isinstance(module, nn.Embedding | nn.LayerNorm | Gate) or name.endswith(FUNCTIONS)
         ):
             yield module
 

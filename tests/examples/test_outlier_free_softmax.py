@@ -361,6 +361,41 @@ def test_eight_bits_are_close_and_everything_is_put_back(make: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", attention.GATES)
+def test_gates_are_rounded_too(kind: str) -> None:
+    model = bert(Variant(), attention.GateConfig(kind, std=0.5))
+    gates = [m.gate for m in attention.attentions(model)]
+    kept = [list(gate.weights) for gate in gates]
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        seen[id(module)] = output.clone()
+
+    for gate in gates:
+        gate.register_forward_hook(note)
+    before = model(input_ids=IDS).logits
+    exact = dict(seen)
+    with w8a8.weights(model):
+        model(input_ids=IDS)
+        for gate, weights in zip(gates, kept, strict=True):
+            for weight, old in zip(gate.weights, weights, strict=True):
+                torch.testing.assert_close(weight, w8a8.symmetric(old))
+            assert not torch.equal(seen[id(gate)], exact[id(gate)])
+    with w8a8.activations(model, [{"input_ids": IDS}], None) as observers:
+        handles = [gate.register_forward_hook(note) for gate in gates]  # after the one that rounds
+        model(input_ids=IDS)
+        for handle in handles:
+            handle.remove()
+        for gate in gates:
+            found = seen[id(gate)]
+            torch.testing.assert_close(found, exact[id(gate)], atol=0.1, rtol=0)
+            assert any(torch.equal(observer.rounded(found), found) for observer in observers)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    for gate, weights in zip(gates, kept, strict=True):
+        assert all(a is b for a, b in zip(gate.weights, weights, strict=True))
+
+
+@torch.no_grad()
 def test_residual_sums_are_rounded_once_for_norm_and_branch() -> None:
     model = opt()
     seen = {}
