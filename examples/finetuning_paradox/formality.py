@@ -96,14 +96,6 @@ def labels(written: Sequence[str], rows: Sequence[Contrast], language: str) -> l
     return [_label(text, row, language) for text, row in zip(written, rows, strict=True)]
 
 
-def matched_accuracy(found: Sequence[str], register: str) -> tuple[float | None, float]:
-    """Give the share of matched lines that are in the register asked for, and that of all lines
-    that are matched; matched are those in one register. Without any, the accuracy is None.
-    """
-    matched = sum(label in REGISTERS for label in found)
-    return (found.count(register) / matched if matched else None), matched / len(found)
-
-
 def _label(text: str, row: Contrast, language: str) -> str:
     formal = any(_occurs(p, text, language) for p in row.formal_phrases)
     informal = any(_occurs(p, text, language) for p in row.informal_phrases)

@@ -1,18 +1,22 @@
 """Abilities of a translation model, measured in between the steps of its training.
 
-Each has a likelihood form, which needs no decoding; translation and register have a form that
-generates as well. A probe is a function of the model, made once from its data.
+Each has a likelihood form, which needs no decoding; translation, register and pronouns have a form
+that generates as well. A probe is a function of the model, made once from its data; it gives
+figures by their names.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from formality import REGISTERS, Contrast, labels
 from likelihood import row_losses
 from literalness import contextual_hit, crossing_rate, dictionary_links, unaligned_share
+from pronouns import Pronoun
 from retention import Figure
 from sacrebleu.metrics import CHRF
 
@@ -20,7 +24,8 @@ from recipes_peft import loop, translation
 from recipes_peft.data import Encoded
 from recipes_peft.parallel import Pair
 
-Probe = Callable[[Any], Figure]
+Figures = dict[str, Figure]
+Probe = Callable[[Any], Figures]
 
 
 class Maker:
@@ -40,6 +45,11 @@ class Maker:
         then = self.tokenizer(answer, add_special_tokens=False).input_ids
         return Encoded(first[-max(1, self.max_length - len(then)) :], then)
 
+    def fits(self, prompt: str, answer: str) -> bool:
+        """Tell whether a row keeps all of its prompt."""
+        asked = self.tokenizer(answer, add_special_tokens=False).input_ids
+        return len(self.tokenizer(prompt).input_ids) + len(asked) <= self.max_length
+
     def pair(self, pair: Pair) -> Encoded:
         """Encode a pair to learn: its translation and an end."""
         return translation.encode(pair, self.tokenizer, self.max_length)
@@ -58,39 +68,40 @@ class Maker:
         """Loss of translations in nats per character of the target, without examples."""
         rows = [self.row(translation.prompt(p), " " + p.target) for p in pairs]
         sizes, groups = _characters(pairs), [p.document for p in pairs]
-        return lambda model: Figure(self.losses(model, rows), sizes, groups)
+        return lambda model: {"translation": Figure(self.losses(model, rows), sizes, groups)}
 
     def few_shot(self, pairs: Sequence[Pair], examples: Sequence[Pair]) -> Probe:
         """What examples of the same domain lower the loss by, in nats per character (G_k)."""
         bare = [self.row(translation.prompt(p), " " + p.target) for p in pairs]
         shown = [self.row(_with_examples(examples, p), " " + p.target) for p in pairs]
-        return self._difference(pairs, bare, shown)
+        return self._difference("few-shot", pairs, bare, shown)
 
-    def context(self, pairs: Sequence[Pair], sentences: int, items: int) -> Probe:
+    def context(
+        self, stretches: Sequence[Sequence[Pair]], sentences: int, items: int, longest: int
+    ) -> Probe:
         """What the sentences before, with their translation, lower the loss by (C).
 
-        Pairs stand in the order of their documents; the first `items` with enough before count.
+        Pairs of a stretch follow on each other in a document. The first `items` pairs count that
+        have at most `longest` characters a side, enough before them, and a prompt that fits.
         """
         kept, bare, shown = [], [], []
-        for i, pair in enumerate(pairs):
-            before = pairs[max(0, i - sentences) : i]
-            if (
-                len(kept) < items
-                and len(before) == sentences
-                and all(p.document == pair.document for p in before)
-            ):
+        windows = (
+            stretch[i - sentences : i + 1]
+            for stretch in stretches
+            for i in range(sentences, len(stretch))
+            if max(len(stretch[i].source), len(stretch[i].target)) <= longest
+        )
+        for *before, pair in windows:
+            if len(kept) == items:
+                break
+            source = " ".join(p.source for p in (*before, pair))
+            passage = replace(pair, source=source)
+            prompt = " ".join([translation.prompt(passage), *(p.target for p in before)])
+            if self.fits(prompt, " " + pair.target):
                 kept.append(pair)
                 bare.append(self.row(translation.prompt(pair), " " + pair.target))
-                passage = Pair(
-                    " ".join(p.source for p in (*before, pair)),
-                    "",
-                    pair.source_language,
-                    pair.target_language,
-                    pair.document,
-                )
-                prompt = " ".join([translation.prompt(passage), *(p.target for p in before)])
                 shown.append(self.row(prompt, " " + pair.target))
-        return self._difference(kept, bare, shown)
+        return self._difference("context", kept, bare, shown)
 
     def steerability(
         self, rows: Sequence[Contrast], examples: Sequence[Contrast], languages: tuple[str, str]
@@ -98,7 +109,8 @@ class Maker:
         """How far examples of a register move the preference for it (Steer), in nats.
 
         d is log p(formal) - log p(informal); the figure is the mean of d after formal examples
-        minus d after informal ones.
+        minus d after informal ones. `steer-accuracy` is the share of d that is above 0 after formal
+        examples and below 0 after informal ones.
         """
         scored = [
             self.row(_register_prompt(row, examples, shown, languages), " " + row.reference(asked))
@@ -106,37 +118,31 @@ class Maker:
             for shown in REGISTERS
             for asked in REGISTERS
         ]
+        ones, groups = [1.0] * len(rows), [row.domain + row.source for row in rows]
 
-        def probe(model: Any) -> Figure:
+        def probe(model: Any) -> Figures:
             losses = self.losses(model, scored)
-            steps = range(0, len(losses), 4)
-            moved = [(losses[i + 1] - losses[i]) - (losses[i + 3] - losses[i + 2]) for i in steps]
-            return Figure(moved, [1.0] * len(moved), [row.domain + row.source for row in rows])
+            preferred = [losses[i + 1] - losses[i] for i in range(0, len(losses), 2)]
+            both = list(zip(preferred[::2], preferred[1::2], strict=True))
+            right = [((formal > 0) + (informal < 0)) / 2 for formal, informal in both]
+            return {
+                "steer": Figure([formal - informal for formal, informal in both], ones, groups),
+                "steer-accuracy": Figure(right, ones, groups),
+            }
 
         return probe
 
-    def language(self, texts: Sequence[str]) -> Probe:
-        """Bits per character of running text, but for its first token."""
-        rows = [self.running(text) for text in texts]
+    def language(self, texts: Mapping[str, Sequence[str]]) -> Probe:
+        """Bits per character of running text, but for its first token: of all and of each side."""
+        rows = [self.running(text) for side in texts.values() for text in side]
         sizes = [float(len(self.tokenizer.decode(row.answer))) for row in rows]
+        groups = [text for side in texts.values() for text in side]
+        names = [name for name, side in texts.items() for _ in side]
 
-        def probe(model: Any) -> Figure:
-            bits = [loss / math.log(2) for loss in self.losses(model, rows)]
-            return Figure(bits, sizes, list(texts))
-
-        return probe
-
-    def chrf(self, pairs: Sequence[Pair], max_new_tokens: int) -> Probe:
-        """chrF++ of greedy translations, the mean of the sentences."""
-        metric, groups = CHRF(word_order=2), [p.document for p in pairs]
-
-        def probe(model: Any) -> Figure:
-            written = self._translations(model, pairs, max_new_tokens)
-            scores = [
-                metric.sentence_score(text, [pair.target]).score
-                for text, pair in zip(written, pairs, strict=True)
-            ]
-            return Figure(scores, [1.0] * len(scores), groups)
+        def probe(model: Any) -> Figures:
+            every = Figure([n / math.log(2) for n in self.losses(model, rows)], sizes, groups)
+            sides = {name: [n == name for n in names] for name in texts}
+            return {"lm": every} | {f"lm-{name}": every.part(of) for name, of in sides.items()}
 
         return probe
 
@@ -147,9 +153,10 @@ class Maker:
         languages: tuple[str, str],
         max_new_tokens: int,
     ) -> Probe:
-        """Matched accuracy of translations after examples of each register, both together.
+        """Matched accuracy of translations after examples of each register, and the share matched.
 
-        Only translations that match one register count; `Figure.denominators` tells which.
+        Only translations that match one register count; the accuracy is that of both registers
+        together and of each.
         """
         asked = [register for register in REGISTERS for _ in rows]
         prompts = [
@@ -158,57 +165,56 @@ class Maker:
             for row in rows
         ]
 
-        def probe(model: Any) -> Figure:
+        def probe(model: Any) -> Figures:
             written = self._written(model, prompts, max_new_tokens)
             found = labels(written, [*rows, *rows], languages[1])
-            return Figure(
-                [float(label == register) for label, register in zip(found, asked, strict=True)],
-                [float(label in REGISTERS) for label in found],
-                [row.domain + row.source for row in rows] * 2,
-            )
+            matched = [float(label in REGISTERS) for label in found]
+            right = [float(label == register) for label, register in zip(found, asked, strict=True)]
+            groups = [row.domain + row.source for row in rows] * 2
+            both = Figure(right, matched, groups)
+            parts = {each: both.part([a == each for a in asked]) for each in REGISTERS}
+            return {
+                "register": both,
+                **{f"register-{each}": part for each, part in parts.items()},
+                "register-matched": Figure(matched, [1.0] * len(found), groups),
+            }
 
         return probe
 
-    def pronouns(
-        self, pairs: Sequence[Pair], expected: Sequence[str], max_new_tokens: int
-    ) -> Probe:
+    def pronouns(self, items: Sequence[Pronoun], max_new_tokens: int) -> Probe:
         """Contextual accuracy: the word that the sentences before ask for is in the last one."""
+        pairs = [item.pair for item in items]
 
-        def probe(model: Any) -> Figure:
-            written = self._translations(model, pairs, max_new_tokens)
-            hits = [float(contextual_hit(*each)) for each in zip(written, expected, strict=True)]
-            return Figure(hits, [1.0] * len(hits), [p.document for p in pairs])
+        def probe(model: Any) -> Figures:
+            written = self.translate(model, pairs, max_new_tokens)
+            hits = [
+                float(contextual_hit(text, item.expected))
+                for text, item in zip(written, items, strict=True)
+            ]
+            return {"pronouns": Figure(hits, [1.0] * len(hits), [p.document for p in pairs])}
 
         return probe
 
-    def freedom(
-        self,
-        pairs: Sequence[Pair],
-        dictionary: Mapping[str, Collection[str]],
-        max_new_tokens: int,
-    ) -> dict[str, Probe]:
-        """How free translations are: source words without a link (USW), links that cross (NM).
+    def contrastive(self, items: Sequence[Pronoun]) -> Probe:
+        """How often the right translation is more probable than those with other pronouns."""
+        rows, counts = [], [1 + len(item.others) for item in items]
+        for item in items:
+            prompt = " ".join([translation.prompt(item.pair), *item.before])
+            rows += [self.row(prompt, " " + text) for text in (item.pair.target, *item.others)]
 
-        Links are those of a dictionary, the same for all systems.
-        """
+        def probe(model: Any) -> Figures:
+            losses = iter(self.losses(model, rows))
+            hits = []
+            for count in counts:
+                right, *others = islice(losses, count)
+                hits.append(float(right < min(others)))
+            groups = [item.pair.document for item in items]
+            return {"contrastive": Figure(hits, [1.0] * len(hits), groups)}
 
-        def probe(model: Any, crossing: bool) -> Figure:
-            values = []
-            written = self._translations(model, pairs, max_new_tokens)
-            for pair, text in zip(pairs, written, strict=True):
-                words = pair.source.split()
-                links = dictionary_links(words, text.split(), dictionary)
-                values.append(
-                    crossing_rate(links) if crossing else unaligned_share(links, len(words))
-                )
-            return Figure(values, [1.0] * len(values), [p.document for p in pairs])
+        return probe
 
-        return {
-            "unaligned": lambda model: probe(model, crossing=False),
-            "crossing": lambda model: probe(model, crossing=True),
-        }
-
-    def _translations(self, model: Any, pairs: Sequence[Pair], max_new_tokens: int) -> list[str]:
+    def translate(self, model: Any, pairs: Sequence[Pair], max_new_tokens: int) -> list[str]:
+        """Translate greedily, without examples."""
         rows = [self.row(translation.prompt(pair), "") for pair in pairs]
         return self._written(model, rows, max_new_tokens)
 
@@ -217,15 +223,39 @@ class Maker:
         return [translation.first_line(answer) for answer in answers]
 
     def _difference(
-        self, pairs: Sequence[Pair], bare: Sequence[Encoded], shown: Sequence[Encoded]
+        self, name: str, pairs: Sequence[Pair], bare: Sequence[Encoded], shown: Sequence[Encoded]
     ) -> Probe:
         sizes, groups = _characters(pairs), [p.document for p in pairs]
 
-        def probe(model: Any) -> Figure:
+        def probe(model: Any) -> Figures:
             losses = zip(self.losses(model, bare), self.losses(model, shown), strict=True)
-            return Figure([a - b for a, b in losses], sizes, groups)
+            return {name: Figure([a - b for a, b in losses], sizes, groups)}
 
         return probe
+
+
+def written_figures(
+    pairs: Sequence[Pair], written: Sequence[str], dictionary: Mapping[str, Collection[str]]
+) -> Figures:
+    """Give the figures of translations: chrF++, the mean of the sentences, and how free they are.
+
+    USW (source words without a link) and NM (links that cross) need links: those of a dictionary,
+    the same for all systems.
+    """
+    metric, groups = CHRF(word_order=2), [p.document for p in pairs]
+    rows = list(zip(pairs, written, strict=True))
+    values = {"chrf": [metric.sentence_score(text, [pair.target]).score for pair, text in rows]}
+    if dictionary:
+        words = [pair.source.split() for pair in pairs]
+        links = [
+            dictionary_links(source, text.split(), dictionary)
+            for source, text in zip(words, written, strict=True)
+        ]
+        values["unaligned"] = [
+            unaligned_share(of, len(source)) for of, source in zip(links, words, strict=True)
+        ]
+        values["crossing"] = [crossing_rate(of) for of in links]
+    return {name: Figure(each, [1.0] * len(each), groups) for name, each in values.items()}
 
 
 def _characters(pairs: Sequence[Pair]) -> list[float]:

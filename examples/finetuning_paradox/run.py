@@ -8,7 +8,6 @@ training and in between its steps.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,22 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from abilities import Abilities, Measured
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from corpus import Corpus, read_corpus
 from peft import get_peft_model
-from probes import Maker, Probe
+from probes import Maker
+from progress import Progress, finished
 from retained import present
-from retention import Figure
-from settings import Settings
+from settings import PRECISION, Settings
 from stream import Mixed, mix
+from weighted import Weighted, join
 
 from apiq_peft import ApiQConfig, preset, quantize
-from recipes_peft import config, errors, loop, models, report, text
+from recipes_peft import config, errors, loop, models, text
 from recipes_peft.data import collate
 from road_peft import RoadConfig
 
-LATER = ("out", "seeds", "arms", "once")  # settings that change no finished run
+
+def load(tuner: str, given: Settings) -> tuple[Any, Any]:
+    """Give the model and its tokenizer; all weights are trained in float32, adapters on others."""
+    return models.load(given.model, "float32" if tuner == "full" else given.dtype)
 
 
 def attach(tuner: str, model: Any, samples: torch.Tensor, given: Settings) -> Any:
@@ -59,49 +63,36 @@ def main() -> int:
     out = Path(given.out)
     with errors.explained(OSError, before="cannot write the results: ", after="; choose --out"):
         (out / "runs").mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
-    with accelerator.main_process_first():
-        corpus = read_corpus(given)
-        model, tokenizer = models.load(given.model, given.dtype)
-    maker = Maker(tokenizer, given.micro_batch_size, given.max_length)
-    probes = make_probes(maker, corpus, given)
-    accelerator.print(f"{len(corpus.train)} pairs to train on; probes: {', '.join(probes)}")
-
-    def measured(model: Any) -> dict[str, Figure]:
-        return {name: probe(model) for name, probe in probes.items()}
-
-    def base() -> dict[str, Any]:
-        return {
-            "checkpoints": [_values(0, found := measured(model.to(accelerator.device)))],
-            "figures": {name: asdict(figure) for name, figure in found.items()},
-        }
-
-    runs = {"base": finished(out, "base", given, accelerator, base)}
+    accelerator = Accelerator(mixed_precision=PRECISION[given.dtype])
     seeds = [int(seed) for seed in given.seeds]
     planned = [(arm, seed) for seed in seeds for arm in given.arms]
-    for arm, seed in dict.fromkeys(planned + [(arm, seeds[0]) for arm in given.once]):
-        job = partial(run_arm, accelerator, arm, seed, corpus, tokenizer, measured, given)
+    planned = list(dict.fromkeys(planned + [(arm, seeds[0]) for arm in given.once]))
+    with accelerator.main_process_first():
+        corpus = read_corpus(given)
+        model, tokenizer = load("base", given)
+    if not corpus.more and any(arm.endswith("-control") for arm, _ in planned):
+        raise errors.UserError(
+            f"all {len(corpus.train)} pairs are trained on, and none are left for the control;"
+            " lower --pairs, or leave it out of --arms and --once"
+        )
+    abilities = Abilities(Maker(tokenizer, given.micro_batch_size, given.max_length), corpus, given)
+    pairs, passages = corpus.dropped
+    accelerator.print(
+        f"{len(corpus.train)} pairs to train on; left out, for it is tested on: {pairs} pairs and"
+        f" {passages} passages"
+    )
+
+    def base(_: Progress) -> dict[str, Any]:
+        found = measured(accelerator, abilities, model.to(accelerator.device))
+        return _history([_noted(0, found)])
+
+    runs = {"base": finished(out, "base", given, accelerator, base)}
+    for arm, seed in planned:
+        job = partial(run_arm, accelerator, arm, seed, corpus, abilities, given)
         runs[f"{arm} {seed}"] = finished(out, f"{arm}-{seed}", given, accelerator, job)
     if accelerator.is_main_process:
         present(out, asdict(given), runs)
     return 0
-
-
-def finished(
-    out: Path, name: str, given: Settings, accelerator: Accelerator, job: Callable[[], Any]
-) -> dict[str, Any]:
-    """Give what a run found: from its file if that is of the same settings, else by running it."""
-    file = out / "runs" / f"{name}.json"
-    settings = {k: v for k, v in asdict(given).items() if k not in LATER}
-    if file.exists():
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if kept["settings"] == settings:
-            accelerator.print(f"{name}: found in {file}")
-            return kept
-    found = {"settings": settings, **job()}
-    if accelerator.is_main_process:
-        report.write_json(file, found)
-    return found
 
 
 def run_arm(
@@ -109,24 +100,23 @@ def run_arm(
     arm: str,
     seed: int,
     corpus: Corpus,
-    tokenizer: Any,
-    measured: Callable[[Any], dict[str, Figure]],
+    abilities: Abilities,
     given: Settings,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Train an arm, and measure the abilities before it, in between and after it."""
     set_seed(seed)
     tuner, _, kind = arm.partition("-")
-    model = models.load(given.model, given.dtype)[0].to(accelerator.device)
+    model, tokenizer = load(tuner, given)
+    model.to(accelerator.device)
     sizes = (given.calibration_samples, given.calibration_length)
-    maker = Maker(tokenizer, given.micro_batch_size, given.max_length)
-    running = [maker.running(passage) for passage in corpus.running]
+    running = map(abilities.maker.running, corpus.running)
     samples = text.samples(running, *sizes) if tuner == "apiq" else torch.empty(0)
     model = attach(tuner, model, samples, given)
-    mixed = stream(kind, maker, corpus, given, seed)
+    mixed = stream(kind, abilities.maker, corpus, given, seed)
     every = max(1, len(mixed.rows) // given.batch_size // given.checkpoints)
-    steps = given.checkpoints * every
     how = loop.Training(
-        steps,
+        given.checkpoints * every,
         given.batch_size,
         given.micro_batch_size,
         getattr(given, f"{tuner}_learning_rate"),
@@ -136,63 +126,66 @@ def run_arm(
         schedule=given.schedule,
     )
     # what quantisation costs is not forgetting: the reference of apiq is its untrained model
-    before = measured(model) if tuner == "apiq" else None
-    checkpoints = [_values(0, before)] if before else []
-    figures: dict[str, Figure] = {}
+    first = measured(accelerator, abilities, model) if tuner == "apiq" else None
+    before = [_noted(0, first)] if first else []
 
     def at_checkpoint() -> tuple[float, None]:
-        figures.update(measured(model))
-        done = len(checkpoints) + (not before)
-        checkpoints.append(_values(sum(mixed.parallel) * done // given.checkpoints, figures))
-        return figures["translation"].value, None
+        found = measured(accelerator, abilities, model)
+        done = len(progress.measured) + 1
+        progress.add(_noted(sum(mixed.parallel) * done // given.checkpoints, found))
+        return found.values["translation"], None
 
-    join = partial(collate, pad=tokenizer.pad_token_id)
-    points = loop.fit(accelerator, model, mixed.rows, join, how, at_checkpoint, f"{arm} {seed}")
+    trained, rows, pad = model, mixed.rows, tokenizer.pad_token_id
+    joined: Callable[[Any], dict[str, Any]] = partial(collate, pad=pad)
+    if (given.parallel_weight, given.text_weight) != (1, 1):
+        weights = [given.parallel_weight if p else given.text_weight for p in mixed.parallel]
+        trained, rows = Weighted(model), list(zip(rows, weights, strict=True))
+        joined = partial(join, pad=pad)
+    # with a single checkpoint there is nothing to go on from
+    saved = progress.saved if given.checkpoints > 1 else None
+    name = f"{arm} {seed}"
+    points = loop.fit(accelerator, trained, rows, joined, how, at_checkpoint, name, saved)
     return {
         "token_share": mixed.token_share,
-        "steps": steps,
+        "steps": how.steps,
         "seconds": points[-1].seconds,
-        "before": before and {name: asdict(figure) for name, figure in before.items()},
-        "checkpoints": checkpoints,
-        "figures": {name: asdict(figure) for name, figure in figures.items()},
+        "before": before[0]["figures"] if before else None,
+        **_history(before + progress.measured),
     }
+
+
+def measured(accelerator: Accelerator, abilities: Abilities, model: Any) -> Measured:
+    """Measure a model with products of the precision that it is trained with."""
+    with accelerator.autocast():
+        return abilities.measure(model)
 
 
 def stream(kind: str, maker: Maker, corpus: Corpus, given: Settings, seed: int) -> Mixed:
     """Give the rows that an arm is trained on."""
     parallel = [maker.pair(pair) for pair in corpus.train]
-    running = [maker.running(passage) for passage in corpus.running]
     share = 0.0 if kind == "par" else given.share
+    running = [maker.running(passage) for passage in corpus.running] if share else []
     budget = "equal_total" if kind == "total" else "equal_parallel"
     other = [maker.other_format(pair) for pair in corpus.more] if kind == "control" else []
     return mix(parallel, running, share, budget, seed, other)
 
 
-def make_probes(maker: Maker, corpus: Corpus, given: Settings) -> dict[str, Probe]:
-    """Give the probes that there is data for."""
-    languages, new = (given.source, given.target), given.max_new_tokens
-    some = corpus.held_out[: given.generated]
-    probes = {
-        "translation": maker.translation(corpus.held_out),
-        "few-shot": maker.few_shot(corpus.domain, corpus.examples),
-        "context": maker.context(corpus.in_order, given.sentences, given.items),
-        "lm": maker.language(corpus.held_out_text),
-        "chrf": maker.chrf(some, new),
+def _noted(parallel: int, found: Measured) -> dict[str, Any]:
+    """Give what was measured after a number of translations, as a file keeps it."""
+    return {
+        "point": {"parallel": parallel, **found.values},
+        "scores": found.scores,
+        "figures": {name: asdict(figure) for name, figure in found.figures.items()},
     }
-    if corpus.registers:
-        shown = corpus.register_examples
-        probes["steer"] = maker.steerability(corpus.registers, shown, languages)
-        several = corpus.registers[: given.generated]
-        probes["register"] = maker.register(several, shown, languages, new)
-    if corpus.pronouns:
-        probes["pronouns"] = maker.pronouns(corpus.pronouns, corpus.expected, new)
-    if corpus.dictionary:
-        probes |= maker.freedom(some, corpus.dictionary, new)
-    return probes
 
 
-def _values(seen: int, figures: dict[str, Figure]) -> dict[str, Any]:
-    return {"parallel": seen, **{name: figure.value for name, figure in figures.items()}}
+def _history(noted: list[dict[str, Any]]) -> dict[str, Any]:
+    """Give the values and scores of all measurements, and the items of the last."""
+    return {
+        "checkpoints": [each["point"] for each in noted],
+        "scores": [each["scores"] for each in noted],
+        "figures": noted[-1]["figures"],
+    }
 
 
 if __name__ == "__main__":

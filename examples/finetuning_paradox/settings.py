@@ -8,6 +8,7 @@ from apiq_peft import PRESETS
 from recipes_peft import config, errors, models
 
 TUNERS = ("full", "road", "apiq")
+PRECISION = {"float32": "no", "bfloat16": "bf16"}  # of weights, and of products in training
 STREAMS = ("par", "mix", "total", "control")
 
 
@@ -17,18 +18,23 @@ class Settings:
     source: str = field(metadata={"help": "language of the sources, such as en"})
     target: str
     data: str = field(metadata={"help": "pairs: quran, udhr, ntrex:FOLDER, tiny, or a file"})
+    test_data: str | None = field(metadata={"help": "pairs to hold out, in place of some of data"})
     domain: str = field(metadata={"help": "pairs of another domain, for examples in a prompt"})
     text: str = field(metadata={"help": "running text: boolq, tiny, or a file"})
+    target_text: str | None = field(metadata={"help": "the same of the target language"})
     formality: str | None = field(metadata={"help": "folder of CoCoA-MT"})
     pronouns: str | None = field(metadata={"help": ".jsonl: source, context, expected, document"})
+    comet: str | None = field(metadata={"help": "a checkpoint of COMET on this machine"})
     dictionary: str | None = field(metadata={"help": "words and translations, parted by tabs"})
     out: str = field(metadata={"help": "folder for the results; finished runs in it are kept"})
     seeds: list[str]
     arms: list[str] = field(metadata={"help": f"{'|'.join(TUNERS)}-{'|'.join(STREAMS)}"})
     once: list[str] = field(metadata={"help": "arms with the first seed only"})
-    pairs: int
+    pairs: int = field(metadata={"help": "to train on, at most"})
     longest: int = field(metadata={"help": "characters of a side of a pair"})
     share: float = field(metadata={"help": "of rows, of running text in mixed streams"})
+    parallel_weight: float = field(metadata={"help": "of the loss of a translation's tokens"})
+    text_weight: float = field(metadata={"help": "of the loss of tokens of what is mixed in"})
     text_characters: int
     batch_size: int
     micro_batch_size: int
@@ -55,6 +61,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         arms = [f"{tuner}-{stream}" for tuner in TUNERS for stream in STREAMS]
-        config.check(self, ("warmup",), {"arms": arms, "once": arms, "preset": PRESETS})
+        choices = {"arms": arms, "once": arms, "preset": PRESETS, "dtype": PRECISION}
+        config.check(self, ("warmup", "parallel_weight", "text_weight"), choices)
         if not all(seed.isdigit() for seed in self.seeds):
             raise errors.UserError(f"seeds are {self.seeds}; they must be whole numbers")

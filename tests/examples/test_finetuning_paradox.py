@@ -1,4 +1,4 @@
-"""The recipe of the finetuning paradox: scorers by hand, streams, judging, and a run."""
+"""The recipe of the finetuning paradox: scorers by hand, streams, probes and judging."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ def test_a_register_is_told_by_its_phrases(recipe: Any) -> None:
     texts = ["Bitte kommen Sie", "du bist", "Sie und du", "nichts", "Siezen"]
     found = recipe.formality.labels(texts, [row] * 5, "de")
     assert found == ["formal", "informal", "other", "neutral", "neutral"]
-    assert recipe.formality.matched_accuracy(found, "formal") == (0.5, 0.4)
-    assert recipe.formality.matched_accuracy(["neutral"], "formal") == (None, 0.0)
 
 
 def test_all_words_of_a_phrase_count_and_japanese_needs_none(recipe: Any) -> None:
@@ -91,6 +89,20 @@ def test_the_pronoun_counts_in_the_last_sentence_alone(recipe: Any) -> None:
     assert not hit("", "she")
 
 
+def test_pronouns_are_read_with_their_alternatives(recipe: Any, tmp_path: Path) -> None:
+    file, row = tmp_path / "p.jsonl", {"source": "It ran.", "context": ["A cat."]}
+    row |= {"expected": "sie", "document": 1}
+    choice = {"target": "Sie lief.", "others": ["Er lief."], "before": ["Eine Katze."]}
+    file.write_text(f"{json.dumps(row)}\n{json.dumps(row | choice)}\n", encoding="utf-8")
+    plain, chosen = recipe.pronouns.read(file, "en", "de", 9)
+    assert (plain.pair.source, plain.pair.target, plain.others) == ("A cat. It ran.", "", ())
+    assert (chosen.pair.target, chosen.others) == ("Sie lief.", ("Er lief.",))
+    assert chosen.before == ("Eine Katze.",)
+    file.write_text(json.dumps(row | {"others": ["Er lief."]}), encoding="utf-8")
+    with pytest.raises(UserError, match="KeyError: 'target'"):
+        recipe.pronouns.read(file, "en", "de", 9)
+
+
 def rows(count: int, tokens: int, first: int) -> list[Encoded]:
     return [Encoded([first], [first] * tokens) for _ in range(count)]
 
@@ -125,6 +137,22 @@ def test_figures_are_ratios_and_intervals_are_over_groups(recipe: Any) -> None:
     assert high - low == pytest.approx(2 * 1.96 / 10, rel=0.25)
     assert math.isnan(recipe.retention.Figure([], [], []).value)
     assert recipe.retention.usable({"steer": wide, "lm": wide}) == {"steer": True}
+    part = figure.part([False, True, True])
+    assert (part.numerators, part.denominators, part.groups) == ([2.0, 3.0], [1.0, 2.0], ["a", "b"])
+
+
+def test_figures_are_compared_on_the_same_draws(recipe: Any) -> None:
+    chance, names = random.Random(0), list(map(str, range(50)))
+    values = [chance.gauss(5, 3) for _ in range(50)]
+    before = recipe.retention.Figure(values, [1.0] * 50, names)
+    after = recipe.retention.Figure([v + 1 for v in values], [1.0] * 50, names)
+    found = recipe.retention.compare(after, before)
+    assert found.difference_interval == pytest.approx((1, 1))  # though either interval is wide
+    assert before.interval()[1] - before.interval()[0] > 1
+    assert found.ratio == pytest.approx(after.value / before.value)
+    assert found.ratio_interval[0] < found.ratio < found.ratio_interval[1]
+    nothing = recipe.retention.Figure([0.0], [1.0], ["a"])
+    assert math.isnan(recipe.retention.compare(nothing, nothing).ratio)
 
 
 BASE = {"translation": 1.0, "steer": 1.0, "few-shot": 0.5, "lm": 1.0}
@@ -132,21 +160,48 @@ PAR = {"translation": 0.9, "steer": 0.8, "few-shot": 0.4, "lm": 1.1}
 MIX = {"translation": 0.905, "steer": 0.95, "few-shot": 0.5, "lm": 1.02}
 
 
+NAMES = ["steer", "few-shot"]
+
+
+def each(*runs: dict[str, float]) -> dict[int, dict[str, float]]:
+    return dict(enumerate(runs))
+
+
 def test_promises_are_judged(recipe: Any) -> None:
-    judge, names = recipe.retention.judge, ["steer", "few-shot"]
-    found = judge(BASE, [PAR] * 3, [MIX] * 3, names)
+    judge, names = recipe.retention.judge, NAMES
+    three, kept = each(MIX, MIX, MIX), {**PAR, "lm": 1.0}
+    found = judge(BASE, each(PAR, PAR, PAR), three, names, each(PAR, PAR, PAR))
     assert (found.gain, found.paradox, found.remedy) == (True, True, True)
     assert found.recovered["steer"] == pytest.approx([0.75] * 3)
     assert found.recovered["lm"] == pytest.approx([0.8] * 3)
-    kept = {**PAR, "lm": 1.0}
-    assert judge(BASE, [PAR, kept, kept], [MIX] * 3, names).paradox is False
-    assert judge(BASE, [PAR, PAR, kept], [MIX] * 3, names).paradox is True
-    assert judge(BASE, [PAR], [{**MIX, "translation": 0.95}], names).remedy is False
-    assert judge(BASE, [PAR], [{**MIX, "steer": 0.85}], names).remedy is False
-    assert judge(BASE, [PAR], [MIX], names, control=[MIX]).remedy is False
-    assert judge(BASE, [PAR], [MIX], names, control=[PAR]).remedy is True
-    assert judge(BASE, [PAR], [MIX], ["steer"]).paradox is None
-    assert judge(BASE, [{**PAR, "translation": 0.96}], [MIX], names).gain is False
+    assert judge(BASE, each(PAR, kept, kept), three, names, {}).paradox is False
+    assert judge(BASE, each(PAR, PAR, kept), three, names, {}).paradox is True
+    one, control = each(PAR), each(PAR)
+    assert judge(BASE, one, each({**MIX, "translation": 0.95}), names, control).remedy is False
+    assert judge(BASE, one, each({**MIX, "steer": 0.85}), names, control).remedy is False
+    assert judge(BASE, one, each(MIX), names, each(MIX)).remedy is False
+    assert judge(BASE, one, each(MIX), names, control).remedy is True
+    assert judge(BASE, one, each(MIX), ["steer"], control).paradox is None
+    assert judge(BASE, each({**PAR, "translation": 0.96}), each(MIX), names, {}).gain is False
+
+
+def test_runs_are_judged_by_the_seeds_they_share(recipe: Any) -> None:
+    judge, par = recipe.retention.judge, each(PAR, PAR, PAR)
+    alone = judge(BASE, par, {1: MIX}, NAMES, {1: PAR, 7: MIX})
+    assert (alone.seeds, alone.remedy) == ([1], True)
+    assert alone.recovered["lm"] == pytest.approx([0.8])
+    # a control with one seed is compared with the mix of that seed
+    better, worse = {**MIX, "lm": 1.0}, {**MIX, "lm": 1.04}
+    mixed = each(better, worse, better)
+    assert judge(BASE, par, mixed, NAMES, {1: {**PAR, "lm": 1.05}}).remedy is True
+    assert judge(BASE, par, mixed, NAMES, {1: {**PAR, "lm": 1.03}}).remedy is False
+
+
+def test_the_remedy_is_not_told_without_a_control(recipe: Any) -> None:
+    judge = recipe.retention.judge
+    assert judge(BASE, each(PAR), each(MIX), NAMES, {}).remedy is None
+    assert judge(BASE, each(PAR), each(MIX), NAMES, {5: PAR}).remedy is None
+    assert judge(BASE, each(PAR), each(PAR), NAMES, {}).remedy is False  # whatever a control does
 
 
 def test_likelihood_probes_are_those_of_one_row_at_a_time(recipe: Any) -> None:
@@ -161,33 +216,85 @@ def test_likelihood_probes_are_those_of_one_row_at_a_time(recipe: Any) -> None:
 
     pairs = [Pair(f"s{i}" * (i + 1), f"t{i}" * (3 - i), "en", "de", "d") for i in range(3)]
     bare = [alone(f"English: {p.source}\nGerman:", f" {p.target}") for p in pairs]
-    figure = maker.translation(pairs)(model)
+    figure = maker.translation(pairs)(model)["translation"]
     assert figure.numerators == pytest.approx(bare, rel=1e-4)
     assert figure.denominators == [len(p.target) for p in pairs]
 
     shown = f"English: {pairs[0].source}\nGerman: {pairs[0].target}\n\n"
-    gain = maker.few_shot(pairs[1:], pairs[:1])(model)
+    gain = maker.few_shot(pairs[1:], pairs[:1])(model)["few-shot"]
     wanted = [
         b - alone(f"{shown}English: {p.source}\nGerman:", f" {p.target}")
         for b, p in zip(bare[1:], pairs[1:], strict=True)
     ]
     assert gain.numerators == pytest.approx(wanted, rel=1e-2, abs=1e-3)
 
-    context = maker.context(pairs, 1, 5)(model)
+    context = maker.context([pairs], 1, 5, 100)(model)["context"]
     assert len(context.numerators) == 2  # the first has nothing before it
     prompt = f"English: {pairs[0].source} {pairs[1].source}\nGerman: {pairs[0].target}"
     wanted_first = bare[1] - alone(prompt, f" {pairs[1].target}")
     assert context.numerators[0] == pytest.approx(wanted_first, rel=1e-2, abs=1e-3)
 
     row, example = contrast(recipe), contrast(recipe, "Sie da", "du da")
-    steer = maker.steerability([row], [example], ("en", "de"))(model)
+    found = maker.steerability([row], [example], ("en", "de"))(model)
 
     def preference(register: str) -> float:
         shot = f"English: Come\nGerman: {example.reference(register)}\n\nEnglish: Come\nGerman:"
         return alone(shot, f" {row.informal}") - alone(shot, f" {row.formal}")
 
     wanted_steer = preference("formal") - preference("informal")
-    assert steer.value == pytest.approx(wanted_steer, rel=1e-2, abs=1e-3)
+    assert found["steer"].value == pytest.approx(wanted_steer, rel=1e-2, abs=1e-3)
+    right = ((preference("formal") > 0) + (preference("informal") < 0)) / 2
+    assert found["steer-accuracy"].value == right
+
+    texts = {"source": ["ab cd", "efg"], "target": ["hij klm nop"]}
+    language = maker.language(texts)(model)
+    bits = [alone(text[0], text[1:]) / math.log(2) for side in texts.values() for text in side]
+    assert language["lm"].value == pytest.approx(sum(bits) / 16, rel=1e-4)
+    assert language["lm-source"].value == pytest.approx(sum(bits[:2]) / 6, rel=1e-4)
+    assert language["lm-target"].value == pytest.approx(bits[2] / 10, rel=1e-4)
+
+    items = [
+        recipe.pronouns.Pronoun(Pair("A cat. It ran.", right, "en", "de", "d"), "sie", (wrong,))
+        for right, wrong in (("Sie lief.", "Er lief."), ("Er lief.", "Sie lief."))
+    ]
+    chosen = maker.contrastive(items)(model)["contrastive"]
+    shot = "English: A cat. It ran.\nGerman:"
+    hit = alone(shot, " Sie lief.") < alone(shot, " Er lief.")
+    assert chosen.numerators == [float(hit), float(not hit)]
+
+
+def test_registers_are_told_apart_in_what_is_written(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, rows = recipe.probes.Maker(None, 1, 9), [contrast(recipe)] * 2
+    written = ["Kommen Sie", "Komm du", "Komm du", "nichts"]
+    monkeypatch.setattr(maker, "row", lambda *_: None)
+    monkeypatch.setattr(maker, "_written", lambda *_: written)
+    found = maker.register(rows, rows, ("en", "de"), 4)(None)
+    assert {name: figure.value for name, figure in found.items()} == {
+        "register": pytest.approx(2 / 3),
+        "register-formal": 0.5,
+        "register-informal": 1.0,
+        "register-matched": 0.75,
+    }
+
+
+def test_a_gap_is_no_context(recipe: Any) -> None:
+    maker = recipe.probes.Maker(tiny.tokenizer(), 3, 200)
+    long = "l" * 30
+
+    def asked(document: list[str]) -> list[str]:
+        seen: list[Encoded] = []
+        maker.losses = lambda _, rows: seen.extend(rows) or [0.0] * len(rows)
+        pairs = [Pair(text, text.upper(), "en", "de", "d") for text in document]
+        maker.context([pairs], 2, 9, 20)(None)
+        return [maker.tokenizer.decode(row.prompt) for row in seen[len(seen) // 2 :]]
+
+    # a long sentence is context for others, and is not scored itself
+    shown = [f"a {long} b", f"{long} b c"]
+    wanted = [f"English: {texts}\nGerman: {texts[:-2].upper()}" for texts in shown]
+    assert asked(["a", long, "b", "c"]) == wanted
+    assert asked(["a", "l" * 150, "b", "c"]) == []  # no prompt fits, and none leaves it out
 
 
 def test_what_prompts_share_is_run_once(recipe: Any) -> None:
@@ -214,72 +321,3 @@ def test_what_prompts_share_is_run_once(recipe: Any) -> None:
     alone = [recipe.likelihood.row_losses(model, [row], 4, 256)[0] for row in rows]
     assert found == pytest.approx(alone, rel=1e-9)
     assert together < sum(columns[len(columns) - len(rows) :]) / 2
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    _recipes.elsewhere(tmp_path, monkeypatch)
-    return tmp_path
-
-
-def run(*argv: str) -> int:
-    return _recipes.run("finetuning_paradox", "--smoke", *argv)
-
-
-def test_a_run_with_all_probes_and_its_resumption(
-    recipe: Any, elsewhere: Path, capsys: Any
-) -> None:
-    for part in ("train", "test"):
-        folder = elsewhere / "cocoa" / part / "en-es"
-        folder.mkdir(parents=True)
-        stem = f"formality-control.{part}.all.en-es"
-        for ending, text in (
-            ("", f"Come {part}"),
-            (".formal", "Venga"),
-            (".informal", "Ven"),
-            (".formal.annotated", "[F]Venga[/F]"),
-            (".informal.annotated", "[F]Ven[/F]"),
-        ):
-            (folder / (stem + ending)).write_text(text + "\n", encoding="utf-8")
-    line = {"source": "It ran.", "context": ["A cat."], "expected": "ella", "document": 1}
-    (elsewhere / "pronouns.jsonl").write_text(json.dumps(line), encoding="utf-8")
-    (elsewhere / "words.tsv").write_text("cat\tgato\n", encoding="utf-8")
-    options = ["--formality", "cocoa", "--pronouns", "pronouns.jsonl", "--dictionary", "words.tsv"]
-    arms = ["--arms", "full-par", "full-control", "--once", "full-mix", "road-total", "apiq-par"]
-    arms += ["--seeds", "0", "1"]
-    assert run(*options, *arms) == 0
-    out = elsewhere / "demo-output"
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert results["able"].keys() == {"few-shot", "context", "steer"}
-    assert results["judged"].keys() == {"full"}  # the others lack an arm
-    header, *table = (out / "abilities.csv").read_text(encoding="utf-8").splitlines()
-    assert header.split(",")[2:] == list(recipe.retained.SHOWN)
-    assert len(table) == 1 + 6 * 2 + 3  # the base; two checkpoints; of apiq, before them as well
-    assert (out / "abilities.png").read_bytes().startswith(b"\x89PNG")
-    mixed = json.loads((out / "runs" / "full-mix-0.json").read_text(encoding="utf-8"))
-    assert [point["parallel"] for point in mixed["checkpoints"]] == [8, 16]
-    assert 0.4 < mixed["token_share"] < 0.9
-    capsys.readouterr()
-    assert run(*options, *arms) == 0
-    assert capsys.readouterr().out.count("found in") == 8
-
-
-@pytest.mark.parametrize(
-    ("argv", "told"),
-    [
-        (("--arms", "half-par"), "choose from full-par"),
-        (("--seeds", "a"), "whole numbers"),
-        (("--pairs", "500"), "lower --pairs"),
-        (("--formality", "nowhere"), "folder of CoCoA-MT"),
-        (("--share", "1.5"), "choose a share"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    recipe: Any,
-    elsewhere: Path,
-    capsys: Any,
-    argv: tuple[str, ...],
-    told: str,
-) -> None:
-    assert run(*argv) == 2
-    assert told in capsys.readouterr().err
