@@ -14,24 +14,29 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from baselines import CharLstm, Majority, Ngrams, Regression, marked, nearest, split_marked
-from benchmark_tasks import Task
+from benchmark_tasks import SPARE, Task
 from encoder_arms import BITS, TUNERS, Encoder, Tuned
 from translated import Item
 
 from recipes_peft import models
+from recipes_peft.errors import UserError
 
-__all__ = ["ARMS", "Arm", "Start", "seeded", "usable"]
+__all__ = ["ARMS", "Arm", "Start", "large_model", "seeded", "usable"]
 
 Predict = Callable[[Sequence[Item], str], "list[int] | None"]  # of a language; None: cannot
 
 
 @dataclass
 class Start:
-    """What all arms begin with; `machine` holds the translated items by language."""
+    """What all arms begin with; `machine` holds the translated items by language.
+
+    `training` holds the translation of the English training items, where an arm learns from it.
+    """
 
     given: Any
     task: Task
     machine: Mapping[str, Sequence[Item]]
+    training: Mapping[str, Sequence[Item]]
     folder: Path
     accelerator: Accelerator
     seed: int = 0
@@ -73,15 +78,15 @@ def regression(start: Start, name: str) -> Predict:
 
 
 def translate_train(start: Start, name: str) -> Predict:
-    """A bag of words for each language, from the machine translation of the English text.
+    """A bag of words for each language, from the machine translation of the training text.
 
-    Only on human translation: on the machine's it would be tested on what it learnt from. A
-    language without a translator has none.
+    It does not answer what it learnt from: where the training text is the English side, the
+    machine's rows. A language without a translator has none.
     """
 
     def predict(items: Sequence[Item], language: str) -> list[int] | None:
-        own = list(start.machine.get(language, []))
-        if not own or [i.fields for i in items] == [i.fields for i in own]:
+        own = list(start.training.get(language, []))
+        if not own or {i.fields for i in items} <= {i.fields for i in own}:
             return None
         bag = Ngrams(texts(own), baselines.word_grams)
         model = Regression(bag.vectors(texts(own)), [item.label for item in own])
@@ -139,9 +144,18 @@ def encoder(start: Start, name: str) -> Predict:
 
 
 def tuned(start: Start, name: str) -> Predict:
-    given, (adapt, multiple) = start.given, TUNERS[name]
+    """An encoder and a head that learn in English; of one that is quantised, the LoRA of ApiQ."""
+    given, (adapt, multiple) = start.given, TUNERS[name.partition("-apiq")[0]]
     set_seed(given.seed + start.seed)
-    model = Tuned(encoder_arms.load(given), start.task.train, lambda body: adapt(body, given))
+    found = encoder_arms.load(given)
+
+    def body(model: Any) -> Any:
+        if bits := BITS.fullmatch(name):
+            rows, folder = _calibration(found, start), start.folder / f"{name}-blocks"
+            return encoder_arms.make_quantised(model, rows, int(bits[2]), given, folder)
+        return adapt(model, given)
+
+    model = Tuned(found, start.task.train, body)
     model.to(start.accelerator.device)
     file = start.folder / f"{name}-{start.seed}.safetensors"
     rate = multiple * given.learning_rate
@@ -154,9 +168,15 @@ def causal(start: Start, name: str) -> Predict:
     given = start.given
     model, tokenizer = models.load(given.model)
     if bits := BITS.fullmatch(name):
+        spare = start.task.calibration[: given.calibration_rows]
+        if not spare:
+            raise UserError(
+                f"{name} calibrates on rows that are not tested, and {given.data} has none; add"
+                f" {SPARE[given.task]}, or leave {name} out of --arms"
+            )
         rows = [
-            tokenizer(f"{language_model.prompt(item)} {item.fields[1 + item.label]}").input_ids
-            for item in start.task.english[: given.calibration_rows]
+            tokenizer(f"{language_model.prompt(item)} {item.fields[1 + i % 2]}").input_ids
+            for i, item in enumerate(spare)  # one option as often as the other, right or wrong
         ]
         batches = [{"input_ids": torch.tensor([row])} for row in rows]
         folder = start.folder / f"{name}-blocks"
@@ -168,9 +188,9 @@ def causal(start: Start, name: str) -> Predict:
 
 
 def _calibration(found: Encoder, start: Start) -> list[dict[str, torch.Tensor]]:
-    """Give batches of English references, each of one length: no padding to calibrate on."""
-    some = start.task.train[: start.given.calibration_rows]
-    return [found.inputs([item.fields[0]]) for item in some]
+    """Give batches of English training texts, each of one length: no padding to calibrate on."""
+    some = [text for item in start.task.train for text in item.fields]
+    return [found.inputs([text]) for text in some[: start.given.calibration_rows]]
 
 
 _TEXT = ("nearest", "pair")
@@ -184,6 +204,7 @@ ARMS = {
     "encoder": Arm(encoder, ("nearest",)),
     **{f"encoder-apiq{bits}": Arm(encoder, ("nearest",)) for bits in (4, 3, 2)},
     **{name: Arm(tuned, _TEXT) for name in TUNERS},
+    **{f"lora-apiq{bits}": Arm(tuned, _TEXT) for bits in (4, 3, 2)},
     "lm": Arm(causal, ("choice",)),
     **{f"lm-apiq{bits}": Arm(causal, ("choice",)) for bits in (4, 3, 2)},
 }
@@ -196,4 +217,9 @@ def usable(names: Sequence[str], kind: str) -> list[str]:
 
 def seeded(name: str) -> bool:
     """Say whether an arm depends on a seed."""
-    return name in TUNERS or name == "lstm"
+    return ARMS[name].make in (tuned, lstm)
+
+
+def large_model(names: Sequence[str], given: Any) -> str:
+    """Give the model whose pretraining makes the classes: the causal one, if one of these runs."""
+    return given.model if any(ARMS[name].make is causal for name in names) else given.encoder

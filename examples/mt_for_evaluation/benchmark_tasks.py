@@ -6,24 +6,24 @@ texts, learnt from English ones), `choice` (which option goes with a premise?).
 
 from __future__ import annotations
 
-import csv
 import json
-import lzma
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
 
+import set_files
 from language_table import Language, describe
 from translated import Item
 
 from recipes_peft import assets, parallel
 from recipes_peft.errors import UserError, explained
 
-__all__ = ["TASKS", "Task", "read"]
+__all__ = ["KINDS", "SPARE", "TASKS", "Task", "read"]
 
 XNLI = [
     "arb",
@@ -42,6 +42,20 @@ XNLI = [
     "cmn_hans",
 ]
 PREFERRED = {*XNLI, "por_BR"}  # of several versions of one language and script
+# What a task is; the class of a model's languages is asked for before it is read.
+KINDS = {
+    "articles": "nearest",
+    "xquad": "nearest",
+    "xcopa": "choice",
+    "xstorycloze": "choice",
+    "pawsx": "pair",
+    "xnli": "pair",
+}
+# English rows of sets of options that no language is tested on, to calibrate with.
+SPARE = {
+    "xcopa": "data-gmt/et/test.et.jsonl",
+    "xstorycloze": "spring2016.val.en.tsv.split_20_80_train.tsv",
+}
 _RELATION = {"cause": "because", "effect": "so"}
 
 
@@ -55,6 +69,7 @@ class Task:
     train: list[Item]  # English: references, or pairs with their classes
     languages: dict[str, Language]
     official: tuple[str, ...]
+    calibration: list[Item] = field(default_factory=list)  # options that are not asked for
 
     @property
     def chance(self) -> float:
@@ -81,12 +96,11 @@ def read(given: Any, known: Mapping[str, float]) -> Task:
             )
         keep = {code: task.languages[code] for code in given.languages}
         human = {code: rows for code, rows in task.human.items() if code in keep}
-        task = Task(task.kind, task.english, human, task.train, keep, task.official)
+        task = replace(task, human=human, languages=keep)
     if given.n_items:
         cut = given.n_items
         human = {code: rows[:cut] for code, rows in task.human.items()}
-        english = task.english[:cut]
-        task = Task(task.kind, english, human, task.train, task.languages, task.official)
+        task = replace(task, english=task.english[:cut], human=human)
     return task
 
 
@@ -167,12 +181,12 @@ def toy(given: Any, known: Mapping[str, float]) -> Task:
 
 def xquad(given: Any, known: Mapping[str, float]) -> Task:
     """Which of the 240 English paragraphs of XQuAD answers a question? Questions are translated."""
-    folder = _folder(given, "xquad")
+    folder = set_files.folder(given, "xquad")
     references: list[Item] = []
     sides: dict[str, list[Item]] = {}
     for path in sorted(folder.glob("xquad.*.json*")):
         code = path.name.split(".")[1]
-        contexts = [p for a in json.loads(_text(path))["data"] for p in a["paragraphs"]]
+        contexts = [p for a in json.loads(set_files.text(path))["data"] for p in a["paragraphs"]]
         sides[code] = [
             Item(qa["id"], (qa["question"],), label, str(label))
             for label, context in enumerate(contexts)
@@ -183,84 +197,97 @@ def xquad(given: Any, known: Mapping[str, float]) -> Task:
                 Item(f"paragraph {i}", (c["context"][: given.max_chars],), i, str(i))
                 for i, c in enumerate(contexts)
             ]
-    return _task("nearest", sides, references, given, known)
+    return _task(sides, references, given, known)
 
 
 def xcopa(given: Any, known: Mapping[str, float]) -> Task:
     """Which of two options is the cause or the effect? XCOPA, validation, beside English COPA.
 
-    The relation is read from the Estonian file: in some others it is wrong.
+    The relation is read from the Estonian file: in some others it is wrong. Machine translations of
+    the test part, which is not asked here, are there to calibrate with.
     """
-    folder = _folder(given, "xcopa")
-    relations = {row["idx"]: row["question"] for row in _lines(folder / "data/et/val.et.jsonl")}
+    folder = set_files.folder(given, "xcopa")
+    relations = {
+        row["idx"]: row["question"] for row in set_files.lines(folder / "data/et/val.et.jsonl")
+    }
     sides = {
         path.name: [
-            _choice(row, relations[row["idx"]]) for row in _lines(path / f"val.{path.name}.jsonl")
+            _choice(row, relations[row["idx"]])
+            for row in set_files.lines(path / f"val.{path.name}.jsonl")
         ]
         for path in sorted((folder / "data").iterdir())
         if (path / f"val.{path.name}.jsonl").exists()
     }
-    sides["en"] = [_choice(row, relations[row["idx"]]) for row in _copa(Path(given.data))]
-    return _task("choice", sides, [], given, known)
+    sides["en"] = [_choice(row, relations[row["idx"]]) for row in set_files.copa(Path(given.data))]
+    path = folder / SPARE["xcopa"]
+    rows = set_files.lines(path) if set_files.there(path) else []
+    spare = [_choice(row, row["question"]) for row in rows]
+    return replace(_task(sides, [], given, known), calibration=spare)
 
 
 def xstorycloze(given: Any, known: Mapping[str, float]) -> Task:
-    """Which of two sentences ends the story? XStoryCloze, its part for evaluation."""
-    folder = _folder(given, "xstorycloze")
-    sides = {}
-    for path in sorted(folder.glob("spring2016.val.*.tsv.split_20_80_eval.tsv*")):
-        rows = _table(path)
-        sides[path.name.split(".")[2]] = [
-            Item(
-                row["InputStoryid"],
-                (
-                    " ".join(row[f"InputSentence{i}"] for i in range(1, 5)),
-                    row["RandomFifthSentenceQuiz1"],
-                    row["RandomFifthSentenceQuiz2"],
-                ),
-                int(row["AnswerRightEnding"]) - 1,
-                row["InputStoryid"],
-            )
-            for row in rows
-        ]
-    return _task("choice", sides, [], given, known)
+    """Which of two sentences ends the story? XStoryCloze: asks its part for evaluation."""
+    folder = set_files.folder(given, "xstorycloze")
+    sides = {
+        path.name.split(".")[2]: [_ending(row) for row in set_files.table(path)]
+        for path in sorted(folder.glob("spring2016.val.*.tsv.split_20_80_eval.tsv*"))
+    }
+    path = folder / SPARE["xstorycloze"]
+    spare = [_ending(row) for row in set_files.table(path)] if set_files.there(path) else []
+    return replace(_task(sides, [], given, known), calibration=spare)
 
 
 def pawsx(given: Any, known: Mapping[str, float]) -> Task:
-    """Are two sentences paraphrases? PAWS-X, validation: the first half in English to learn from.
+    """Are two sentences paraphrases? PAWS-X, validation: half of it in English to learn from.
 
-    Its test labels are not public in most languages. Of the second half, rows whose label is the
-    English one are taken, in all languages the same.
+    Its test labels are not public in most languages. Rows that share an English sentence, with each
+    other or by way of a third, are on one side and in one cluster. Of the rows that are not learnt
+    from, those whose label is the English one are taken, in all languages the same. With
+    `train_data` all are tested.
     """
-    folder = _folder(given, "pawsx")
+    folder = set_files.folder(given, "pawsx")
     columns = ("sentence1", "sentence2", "label")  # of files without a line of their own for them
     tables = {
-        path.name.split("-")[1].split(".")[0]: _table(path, columns)
+        path.name.split("-")[1].split(".")[0]: set_files.table(path, columns)
         for path in folder.glob("dev-*.tsv*")
     }
-    sides = {
-        code: [
-            Item(str(i), (_unquoted(r["sentence1"]), _unquoted(r["sentence2"])), int(r["label"]))
-            for i, r in enumerate(rows)
-        ]
+    if "en" not in tables:
+        raise UserError(f"{folder} has no dev-en.tsv; give the folder as PAWS-X is published")
+    texts = {
+        code: [tuple(set_files.unquoted(r[c]) for c in columns[:2]) for r in rows]
         for code, rows in sorted(tables.items())
     }
-    if "en" not in sides:
-        raise UserError(f"{folder} has no dev-en.tsv; give the folder as PAWS-X is published")
-    same = [i for i, row in enumerate(sides["en"]) if _agreed(i, row, sides)]
-    half = len(sides["en"]) // 2
-    train = [sides["en"][i] for i in range(half)]
-    sides = {c: [_clustered(rows[i]) for i in same if i >= half] for c, rows in sides.items()}
-    return _task("pair", sides, train, given, known)
+    clusters = _connected(texts["en"])
+    sides = {
+        code: [
+            Item(str(i), fields, int(row["label"]), cluster)
+            for i, (fields, row, cluster) in enumerate(
+                zip(rows, tables[code], clusters, strict=False)
+            )
+        ]
+        for code, rows in texts.items()
+    }
+    english = sides["en"]
+    if given.train_data:
+        train, learnt = set_files.pairs(Path(given.train_data), {"0": 0, "1": 1}), set()
+    else:
+        learnt = _first_half(clusters)
+        train = [row for row in english if row.cluster in learnt]
+    rest = [i for i, row in enumerate(english) if row.cluster not in learnt]
+    if not rest:
+        raise UserError(f"{folder} has no English row that is not learnt from; give --train-data")
+    same = [i for i in rest if _agreed(i, english[i], sides)]
+    sides = {code: [rows[i] for i in same] for code, rows in sides.items()}
+    return _task(sides, train, given, known)
 
 
 def xnli(given: Any, known: Mapping[str, float]) -> Task:
-    """Does a premise entail a hypothesis? XNLI 1.0; its English validation part to learn from."""
-    folder = _folder(given, "xnli")
+    """Does a premise entail a hypothesis? XNLI 1.0; to learn from `train_data`, or its dev part."""
+    folder = set_files.folder(given, "xnli")
     classes = {"entailment": 0, "neutral": 1, "contradiction": 2}
     parts: dict[str, dict[str, list[Item]]] = {"dev": {}, "test": {}}
     for part, sides in parts.items():
-        for row in _table(folder / f"xnli.{part}.tsv"):
+        for row in set_files.table(folder / f"xnli.{part}.tsv"):
             item = Item(
                 row["pairID"],
                 (row["sentence1"], row["sentence2"]),
@@ -268,7 +295,11 @@ def xnli(given: Any, known: Mapping[str, float]) -> Task:
                 row["promptID"],
             )
             sides.setdefault(row["language"], []).append(item)
-    return _task("pair", parts["test"], parts["dev"].get("en", []), given, known)
+    if given.train_data:
+        train = set_files.pairs(Path(given.train_data), classes | {"contradictory": 2})
+    else:
+        train = parts["dev"].get("en", [])
+    return _task(parts["test"], train, given, known)
 
 
 TASKS: dict[str, Read] = {
@@ -282,7 +313,6 @@ TASKS: dict[str, Read] = {
 
 
 def _task(
-    kind: str,
     sides: Mapping[str, list[Item]],
     train: list[Item],
     given: Any,
@@ -297,7 +327,7 @@ def _task(
         )
         for code, rows in human.items()
     }
-    return Task(kind, sides["en"], human, train, languages, tuple(human))
+    return Task(KINDS[given.task], sides["en"], human, train, languages, tuple(human))
 
 
 def _declarations(archive: Path) -> list[tuple[str, str, str, str]]:
@@ -337,68 +367,47 @@ def _paragraphs(page: str, most: int) -> list[Item]:
     return rows
 
 
-def _folder(given: Any, name: str) -> Path:
-    for folder in (Path(given.data) / name, Path(given.data)):
-        if folder.is_dir():
-            return folder
-    raise UserError(
-        f"{given.task} needs a folder of its files, and {given.data} is none; give with --data a"
-        f" folder that holds {name}/ as it is published"
-    )
-
-
-def _text(path: Path) -> str:
-    with explained(OSError, UnicodeDecodeError, lzma.LZMAError, before=f"cannot read {path}: "):
-        packed = path if path.suffix == ".xz" else path.with_name(f"{path.name}.xz")
-        if packed.exists() and not (path.exists() and path.suffix != ".xz"):
-            return lzma.decompress(packed.read_bytes()).decode("utf-8")
-        return path.read_text(encoding="utf-8")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with explained(json.JSONDecodeError, before=f"{path} is not JSON lines: "):
-        return [json.loads(line) for line in _text(path).split("\n") if line.strip()]
-
-
-def _table(path: Path, columns: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    """Read columns parted by tabs; `columns` names them if the first line does not."""
-    lines = [line.removesuffix("\r") for line in _text(path).split("\n") if line.strip()]
-    named = not columns or columns[0] in lines[0].split("\t")
-    names = None if named else columns
-    return list(csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _copa(folder: Path) -> list[dict[str, Any]]:
-    """Read English COPA, validation: `copa/val.jsonl`, or a folder that `datasets` saved."""
-    if (folder / "copa/val.jsonl").exists():
-        return _lines(folder / "copa/val.jsonl")
-    saved = folder / "olmo_hf_datasets/super_glue/copa"
-    if not saved.is_dir():
-        raise UserError(
-            f"{folder} has no English COPA; add copa/val.jsonl from SuperGLUE, or"
-            f" {saved.relative_to(folder)}/ as datasets saves it"
-        )
-    from datasets import load_from_disk  # large, and no other task needs it
-
-    place = next(path for path in (saved / "validation", saved) if path.is_dir())
-    return [dict(row) for row in load_from_disk(str(place))]
-
-
 def _choice(row: Mapping[str, Any], relation: str) -> Item:
     key = str(row["idx"])
     fields = (row["premise"], row["choice1"], row["choice2"])
     return Item(f"{key} {_RELATION[relation]}", fields, int(row["label"]), key)
 
 
-def _unquoted(text: str) -> str:
-    """Undo the quotes of CSV that some rows carry."""
-    quoted = len(text) > 1 and text.startswith('"') and text.endswith('"') and '""' in text
-    return text[1:-1].replace('""', '"') if quoted else text
+def _ending(row: Mapping[str, str]) -> Item:
+    story = " ".join(row[f"InputSentence{i}"] for i in range(1, 5))
+    fields = (story, row["RandomFifthSentenceQuiz1"], row["RandomFifthSentenceQuiz2"])
+    key = row["InputStoryid"]
+    return Item(key, fields, int(row["AnswerRightEnding"]) - 1, key)
 
 
 def _agreed(i: int, row: Item, sides: Mapping[str, Sequence[Item]]) -> bool:
     return all(i < len(rows) and rows[i].label == row.label for rows in sides.values())
 
 
-def _clustered(row: Item) -> Item:
-    return Item(row.key, row.fields, row.label, row.key)
+def _connected(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give each row the number of the first one that it is connected with by shared texts."""
+    first = list(range(len(rows)))  # an earlier row of the same cluster, or the row itself
+
+    def root(i: int) -> int:
+        while first[i] != i:
+            i = first[i]
+        return i
+
+    seen: dict[str, int] = {}
+    for i, texts in enumerate(rows):
+        for text in texts:
+            a, b = root(i), root(seen.setdefault(text, i))
+            first[max(a, b)] = min(a, b)
+    return [str(root(i)) for i in range(len(rows))]
+
+
+def _first_half(clusters: Sequence[str]) -> set[str]:
+    """Give the clusters, in the order of their first rows, that hold half of the rows."""
+    found: set[str] = set()
+    taken = 0
+    for name, size in Counter(clusters).items():
+        if taken >= len(clusters) // 2:
+            break
+        found.add(name)
+        taken += size
+    return found

@@ -43,7 +43,7 @@ __all__ = [
     "train",
 ]
 
-BITS = re.compile(r"(encoder|lm)-apiq([234])")
+BITS = re.compile(r"(encoder|lora|lm)-apiq([234])")
 _SCALE = 20.0  # of cosines before the softmax
 
 
@@ -266,7 +266,8 @@ def train(
 def curves(folder: Path) -> tuple[dict[str, float], dict[str, list[Point]]]:
     """Give the losses before training and the points of what was trained in a folder, by arm."""
     before, points = {}, {}
-    for name in TUNERS:
+    names = [*TUNERS, *(f"lora-apiq{bits}" for bits in (4, 3, 2))]
+    for name in names:
         file = folder / f"{name}-0.json"
         if file.exists():
             content = json.loads(file.read_text(encoding="utf-8"))

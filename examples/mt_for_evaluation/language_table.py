@@ -27,6 +27,7 @@ __all__ = [
     "describe",
     "flores",
     "machine_only",
+    "read_by",
     "script",
     "sizes",
 ]
@@ -47,10 +48,37 @@ so 0.4 ug 0.4 ha 0.3 sa 0.3 yi 0.3 fy 0.2 jv 0.2 mg 0.2 as 0.1 br 0.1 bs 0.1 gd 
 xh 0.1
 """
 
-# multilingual-e5-small began as a Multilingual MiniLM, distilled from XLM-R: the same languages.
-PRETRAINING: dict[str, dict[str, float]] = {
-    "xlm-r": {k: float(v) for k, v in zip(*[iter(_CC100.split())] * 2, strict=True)},
+# Bytes of ROOTS (arXiv:2303.03915), which BLOOM read, as plotstables/figure_notebooks/xp3_languages
+# of bigscience-workshop/xmtf has its table of languages; both scripts of Chinese together.
+_ROOTS = """
+en 484953009124 zh 261781923042 fr 208242620434 es 175098365045 pt 79277543375 ar 74854900600
+vi 43709279959 hi 24622119985 id 19972325222 bn 18606823104 ca 17792493289 ta 7989206220
+ml 3662571498 te 2993407159 ur 2781329959 ne 2551307393 eu 2360470848 kn 2098453560 mr 1775483122
+pa 1572109752 gu 1199986460 or 1157100133 as 291522098 sw 236482543 yo 89695835 rw 40428299
+xh 14304074 ig 14078521 zu 8511561 sn 6638639 lg 4568367 wo 3606973 rn 3272550 fon 2478546
+nso 1764506 ln 1650804 tn 1502200 tw 1265041 ny 1187405 st 751034 ts 707634 ak 701554 bm 391747
+ki 359615 tum 170360
+"""
+
+
+def _by_tag(words: str, unit: float) -> dict[str, float]:
+    return {k: float(v) / unit for k, v in zip(*[iter(words.split())] * 2, strict=True)}
+
+
+PRETRAINING = {
+    "xlm-r": _by_tag(_CC100, 1),
+    "bloom": _by_tag(_ROOTS, 2**30),
     "english": {"en": 300.8},
+}
+# What models read, by their names here or by how the last part of an id or a path begins.
+# multilingual-e5 began as XLM-R, the small one as a MiniLM distilled from it: the same languages.
+# BLOOMZ was tuned on tasks in the languages of BLOOM.
+_NAMES = {"e5-small": "xlm-r", "minilm-l6": "english", "smollm2-135m": "english"}
+_BEGINNINGS = {
+    "xlm-roberta-": "xlm-r",
+    "multilingual-e5-": "xlm-r",
+    "bloom": "bloom",
+    "smollm2-": "english",
 }
 
 _FAMILIES = {
@@ -95,7 +123,7 @@ ar:arb bg:bul de:deu el:ell en:eng es:spa et:est eu:eus fr:fra hi:hin ht:hat id:
 ko:kor my:mya pt:por qu:quy ro:ron ru:rus sw:swh ta:tam te:tel th:tha tr:tur ur:urd vi:vie zh:zho
 """
 _FLORES_ISO3 = {"cmn": "zho", "ekk": "est", "zlm": "zsm"}
-# ISO 639-1 of the FLORES languages that the pretraining table has.
+# Tags (ISO 639-1, if there is one) of the FLORES languages that a pretraining table has.
 _ISO1_WORDS = """
 afr:af als:sq amh:am arb:ar asm:as azj:az bel:be ben:bn bos:bs bul:bg cat:ca ces:cs ckb:ku cym:cy
 dan:da deu:de ell:el eng:en epo:eo est:et eus:eu fin:fi fra:fr gaz:om gla:gd gle:ga glg:gl guj:gu
@@ -104,6 +132,8 @@ khk:mn khm:km kir:ky kmr:ku kor:ko lao:lo lit:lt lvs:lv mal:ml mar:mr mkd:mk mya
 nob:nb npi:ne ory:or pan:pa pbt:ps pes:fa plt:mg pol:pl por:pt prs:fa ron:ro rus:ru san:sa sin:si
 slk:sk slv:sl snd:sd som:so spa:es srp:sr sun:su swe:sv swh:sw tam:ta tel:te tgl:tl tha:th tur:tr
 uig:ug ukr:uk urd:ur uzn:uz vie:vi xho:xh ydd:yi zho:zh zsm:ms
+aka:ak bam:bm ibo:ig kik:ki kin:rw lin:ln lug:lg nya:ny run:rn sna:sn sot:st tsn:tn tso:ts twi:tw
+wol:wo yor:yo zul:zu
 """
 _ISO3, _ISO1 = (
     dict(pair.split(":") for pair in words.split()) for words in (_ISO3_WORDS, _ISO1_WORDS)
@@ -170,6 +200,24 @@ def sizes(pretraining: str) -> dict[str, float]:
     with explained(OSError, ValueError, AttributeError, before=before, after=advice):
         found = json.loads(Path(pretraining).read_text(encoding="utf-8"))
         return {str(tag): float(size) for tag, size in found.items()}
+
+
+def read_by(model: str) -> str:
+    """Give the name of the table that holds what a model read.
+
+    Raises:
+        UserError: that is not known here.
+    """
+    if model in _NAMES:
+        return _NAMES[model]
+    last = Path(model).name.lower()
+    for beginning, name in _BEGINNINGS.items():
+        if last.startswith(beginning):
+            return name
+    raise UserError(
+        f"how much of each language {model} read is not known here; give with --pretraining one of"
+        f" {', '.join(PRETRAINING)}, or a JSON file of GiB by language tag"
+    )
 
 
 def describe(

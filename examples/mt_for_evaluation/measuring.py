@@ -29,18 +29,23 @@ __all__ = ["SIDES", "Answers", "answer", "answer_all", "translate"]
 
 SIDES = ("human", "machine")
 Answers = dict[str, dict[str, Marks]]  # by side and language
+Items = dict[str, list[Item]]  # by language
 
 
 def translate(
     given: Any, task: Task, languages: Sequence[Language], folder: Path
-) -> tuple[dict[str, list[Item]], dict[str, dict[str, Any]], dict[str, str]]:
+) -> tuple[Items, Items, dict[str, dict[str, Any]], dict[str, str]]:
     """Give the machine-translated items by language, what they look like, and what was left out.
+
+    Second comes the translation of the English training items, if an arm learns from it.
 
     Raises:
         UserError: a translator fails; or is not here, if the settings say so.
     """
     words = dict(translators.make(word) for word in given.translations)
-    machine: dict[str, list[Item]] = {}
+    machine: Items = {}
+    training: Items = {}
+    learns = "translate-train" in usable(given.arms, task.kind)
     reports: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     made: dict[Any, translators.Translator] = {}
@@ -52,20 +57,23 @@ def translate(
             if make not in made:
                 made[make] = make()
             rows = translate_dataset(task.english, made[make], language, folder)
+            if learns:
+                found = translate_dataset(task.train, made[make], language, folder)
+                training[language.code] = found
         except translators.MissingError as error:
             if given.missing == "fail":
                 raise
             left_out[language.code] = str(error)
             continue
         machine[language.code] = rows
-        found = sanity(task.english, rows)
+        looks = sanity(task.english, rows)
         reports[language.code] = {
             "system": made[make].system,
-            **asdict(found),
-            "flagged": found.flagged,
+            **asdict(looks),
+            "flagged": looks.flagged,
             "quality": chrf(rows, task.human.get(language.code, [])),
         }
-    return machine, reports, left_out
+    return machine, training, reports, left_out
 
 
 def answer(start: Start, name: str, seed: int, languages: Sequence[str]) -> Answers:
@@ -82,7 +90,9 @@ def answer(start: Start, name: str, seed: int, languages: Sequence[str]) -> Answ
     for (side, code), rows in tqdm(todo.items(), desc=f"{name}, seed {seed}"):
         file = start.folder / f"{name}-{seed}" / f"{code}-{side}.json"
         # what it learns from is a part of it
-        learnt = start.machine.get(code, []) if name == "translate-train" else start.task.train
+        learnt = [*start.task.train, *start.task.calibration]
+        if name == "translate-train":
+            learnt = list(start.training.get(code, []))
         checksum = _checksum([*rows, *learnt])
         predicted = _read(file, checksum)
         if predicted is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from recipes_peft import report
 
 __all__ = ["plot", "show", "write_languages"]
 
-ABOUT = ("language", "flores", "script", "family", "gib", "class")
+ABOUT = ("language", "flores", "script", "family", "gib", "class", "compared")
 TROUBLE = ("empty", "copied", "repeated", "looping", "length_outliers", "identical_pairs")
 COLUMNS = (*ABOUT, "arm", "human", "machine", "copy_rate", "chrf")  # of languages.csv
 
@@ -86,31 +86,26 @@ def show(found: Mapping[str, Any], chance: float) -> None:
     if rows:
         columns = ["arm", *CLASSES, "p, low above high"]
         report.show("accuracy that quantisation loses", columns, rows)
+    if lead := found["classes"]["lead"]:
+        print(
+            f"the lead of {lead['of']} over {lead['over']}, on seen languages minus on unseen ones:"
+            f" {lead['difference']:+.3f}, p {lead['p']:.3f}"
+        )
     for promise, kept in found["promises"].items():
         print(f"{ {True: 'yes', False: 'NO ', None: ' - '}[kept] }  {promise}")
 
 
 def write_languages(
-    path: Path, runs: Runs, languages: Mapping[str, Language], reports: Mapping[str, Any]
+    path: Path,
+    runs: Runs,
+    languages: Mapping[str, Language],
+    compared: Collection[str],
+    reports: Mapping[str, Any],
 ) -> None:
-    """Write a row for each language and arm."""
+    """Write a row for each language and arm; those `compared` are what classes were made of."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(
-        [
-            "language",
-            "flores",
-            "script",
-            "family",
-            "gib",
-            "class",
-            "arm",
-            "human",
-            "machine",
-            "copy_rate",
-            "chrf",
-        ]
-    )
+    lines.writerow(COLUMNS)
     for arm, answers in runs.items():
         human, machine = (findings.scores(answers, side) for side in ("human", "machine"))
         for code in sorted({*human, *machine}):
@@ -118,7 +113,8 @@ def write_languages(
             quality = r["quality"]["chrf"] if r and r["quality"] else ""
             lines.writerow(
                 [
-                    *(code, x.flores or "", x.script, x.family, x.size, x.resource, arm),
+                    *(code, x.flores or "", x.script, x.family, x.size, x.resource),
+                    *("yes" if code in compared else "no", arm),
                     *(human.get(code, ""), machine.get(code, "")),
                     *(r["copy_rate"] if r else "", quality),
                 ]
@@ -139,7 +135,7 @@ def plot(
         left.scatter([human[c] for c in both], [machine[c] for c in both], s=14, label=arm)
         values = human if side == "human" else machine
         for place, name in enumerate(CLASSES):
-            inside = sorted(c for c in values if languages[c].resource == name)
+            inside = sorted(c for c in values if c in languages and languages[c].resource == name)
             x = [place + (number - len(runs) / 2) * 0.8 / len(runs)] * len(inside)
             marks = [30 if c in official else 6 for c in inside]
             right.scatter(x, [values[c] for c in inside], s=marks, color=f"C{number % 10}")

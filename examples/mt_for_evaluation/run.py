@@ -35,31 +35,38 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
 
     # languages and their classes, fixed before anything is scored
-    known = language_table.sizes(given.pretraining)
+    known = language_table.sizes(given.pretrained_on())
     task = benchmark_tasks.read(given, known)
-    wanted = {word.partition("=")[0] for word in given.translations}
-    keep = {*task.official, *wanted} if given.languages == ["all"] else {*task.languages}
-    chosen = language_table.choose(list(task.languages.values()), keep, given.per_class, given.seed)
+    everyone = list(task.languages.values())
+    keep = task.official if given.languages == ["all"] else task.languages
+    drawn = language_table.choose(everyone, keep, given.per_class, given.seed)
     if given.machine_languages != ["none"]:
-        have = {language.flores for language in task.languages.values()}
-        chosen += language_table.machine_only(given.machine_languages, have, known, given.high_from)
-    languages = {language.code: language for language in chosen}
+        have = {language.flores for language in everyone}
+        drawn += language_table.machine_only(given.machine_languages, have, known, given.high_from)
+    compared = {language.code: language for language in drawn}
+    # a language that is here only because a translator is has a D, and no part in its class
+    translated = {word.partition("=")[0] for word in given.translations}
+    beside = [x for x in everyone if x.code in translated and x.code not in compared]
+    languages = compared | {language.code: language for language in beside}
 
     # MT_L: every field translated from English, labels copied
-    machine, reports, left_out = measuring.translate(given, task, chosen, out / "translations")
-    start = Start(given, task, machine, folder, Accelerator())
+    chosen = list(languages.values())
+    machine, training, reports, left_out = measuring.translate(
+        given, task, chosen, out / "translations"
+    )
+    start = Start(given, task, machine, training, folder, Accelerator())
     runs = measuring.answer_all(start, list(languages))
 
     # the three questions
     draws, seed = given.draws, given.seed
     sides = findings.compare_sides(runs, reports, draws, seed)
-    classes = findings.compare_classes(
-        runs, languages, task.official, given.classes_on, draws, seed
-    )
+    classes = findings.compare_classes(runs, compared, task.official, given.classes_on, draws, seed)
     control = control_of(runs, task)
     found: dict[str, Any] = {
         "settings": asdict(given),
+        "pretraining": given.pretrained_on(),
         "languages": {code: asdict(language) for code, language in languages.items()},
+        "compared": list(compared),
         "translations": reports,
         "left_out": left_out,
         "sides": sides,
@@ -69,8 +76,8 @@ def main() -> int:
     }
     results.show(found, task.chance)
     report.write_json(out / "results.json", found)
-    results.write_languages(out / "languages.csv", runs, languages, reports)
-    results.plot(out / "accuracies.png", runs, languages, given.classes_on, task.official)
+    results.write_languages(out / "languages.csv", runs, languages, compared, reports)
+    results.plot(out / "accuracies.png", runs, compared, given.classes_on, task.official)
     if any(points := encoder_arms.curves(folder)):
         report.curves(out, *points)
     print(f"results.json, languages.csv and accuracies.png are in {out}")

