@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from correction import CrossEntropy, ErrorNormTruncation, SelfCorrectionLoss, Tr
 from peft import get_peft_model
 
 from apiq_peft import ApiQConfig, preset, quantize
+from recipes_peft.errors import UserError
 from road_peft import RoadConfig
 
 __all__ = ["ARMS", "TUNERS", "Arm", "Run", "plan"]
@@ -60,18 +62,18 @@ ARMS = {
 PROMISED = ("ce", "self", "tau1")  # by the promises, so for every seed
 
 
-def full(model: Any, samples: torch.Tensor, given: Any) -> Any:
+def full(model: Any, samples: torch.Tensor, given: Any, folder: Path | None) -> Any:
     return model.requires_grad_(True)
 
 
-def road(model: Any, samples: torch.Tensor, given: Any) -> Any:
+def road(model: Any, samples: torch.Tensor, given: Any, folder: Path | None) -> Any:
     return get_peft_model(
         model,
         RoadConfig(variant=given.variant, group_size=given.road_group_size, task_type="CAUSAL_LM"),
     )
 
 
-def apiq(model: Any, samples: torch.Tensor, given: Any) -> Any:
+def apiq(model: Any, samples: torch.Tensor, given: Any, folder: Path | None) -> Any:
     config = ApiQConfig(
         bits=given.bits,
         group_size=given.apiq_group_size,
@@ -79,10 +81,12 @@ def apiq(model: Any, samples: torch.Tensor, given: Any) -> Any:
         lora_alpha=given.rank,
         task_type="CAUSAL_LM",
     )
-    return quantize(model, samples, config, preset(given.preset))[0]
+    blocks = folder and folder / "quantized"
+    return quantize(model, samples, config, preset(given.preset), folder=blocks)[0]
 
 
-TUNERS: dict[str, Callable[[Any, torch.Tensor, Any], Any]] = {
+# of a model, samples to calibrate on, the settings, and a folder for what is not finished, if any
+TUNERS: dict[str, Callable[[Any, torch.Tensor, Any, Path | None], Any]] = {
     "road": road,
     "full": full,
     "apiq": apiq,
@@ -107,6 +111,9 @@ def plan(given: Any) -> list[Run]:
 
     The first tuner at the first rate gets every arm: those of the promises with all seeds, others
     with `side_seeds`. Other rates and tuners get `ce` and `self` only.
+
+    Raises:
+        UserError: an arm needs noise that is known, or a share to drop, and the first rate is 0.
     """
     tuners, rates = given.tuners, [float(rate) for rate in given.rates]
     both = [arm for arm in given.arms if arm in ("ce", "self")]
@@ -117,4 +124,15 @@ def plan(given: Any) -> list[Run]:
     runs += [Run(tuners[0], rate, arm, s) for rate in rates[1:] for s in main for arm in both]
     runs += [Run(tuners[0], rates[0], arm, seed) for seed in side for arm in others]
     runs += [Run(tuner, rates[0], arm, s) for tuner in tuners[1:] for s in side for arm in both]
+    parts = {ARMS[run.arm].part for run in runs if not run.rate}
+    if "clean" in parts:
+        raise UserError(
+            "the arm clean is trained without the noisy pairs, and at a rate of 0 none is known to"
+            " be noisy; leave it out of --arms, or begin --rates with a share above 0"
+        )
+    if "filtered" in parts and given.filtered_share is None:
+        raise UserError(
+            "the arm filtered drops as many pairs as are noisy, which a rate of 0 does not say;"
+            " give --filtered-share, or leave it out of --arms"
+        )
     return runs

@@ -24,37 +24,61 @@ from recipes_peft.data import Encoded
 from recipes_peft.errors import UserError
 from recipes_peft.parallel import Pair
 
-__all__ = ["Corpus", "chunks", "misaligned", "part", "prepare", "vectors"]
+__all__ = ["Corpus", "apart", "chunks", "misaligned", "part", "prepare", "vectors"]
 
 SPLIT = 0  # seeds of runs differ, what they are tested on does not
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Clean pairs: to train on, to warm up on, for development and to test on."""
+    """Clean pairs: to train on, to warm up on, for development and to test on.
+
+    `dropped` pairs of the data say what test data of their own say, on one side at least.
+    """
 
     train: list[Pair]
     warm: list[Pair]
     development: list[Pair]
     test: list[Pair]
+    dropped: int = 0
 
 
 def prepare(given: Any, tokenizer: Any) -> Corpus:
-    """Read pairs and split them; no document stands in two parts.
+    """Read pairs and split them; no document stands in two parts, nor a text of the test data.
 
     Raises:
         UserError: there are no such pairs, or too few short enough ones.
     """
-    pairs = _read(given.data, given, tokenizer)
+    pairs, dropped = _read(given.data, given, tokenizer), 0
     if given.test_data:
         test = _read(given.test_data, given, tokenizer)[: given.test_pairs]
+        others = apart(pairs, test)
+        pairs, dropped = others, len(pairs) - len(others)
+        if not pairs:
+            raise UserError(
+                f"every pair of {given.data} stands in {given.test_data}; give other test data"
+            )
     else:
         pairs, test = parallel.split_by_document(pairs, given.test_pairs, SPLIT)
     pairs, development = parallel.split_by_document(pairs, given.development_pairs, SPLIT)
     warm: list[Pair] = []
     if given.warm_steps:
         pairs, warm = parallel.split_by_document(pairs, given.warm_pairs, SPLIT)
-    return Corpus(pairs[: given.train_pairs], warm, development, test)
+    return Corpus(pairs[: given.train_pairs], warm, development, test, dropped)
+
+
+def apart(pairs: Sequence[Pair], test: Sequence[Pair]) -> list[Pair]:
+    """Give the pairs neither side of which is in the test, whatever its case and spaces."""
+    sources, targets = {_plain(p.source) for p in test}, {_plain(p.target) for p in test}
+    return [
+        pair
+        for pair in pairs
+        if _plain(pair.source) not in sources and _plain(pair.target) not in targets
+    ]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _read(where: str, given: Any, tokenizer: Any) -> list[Pair]:
@@ -122,9 +146,9 @@ def _misaligned(
 
 
 def part(
-    name: str, rows: list[Encoded], noisy: list[bool], doubts: Sequence[float], rate: float
+    name: str, rows: list[Encoded], noisy: list[bool], doubts: Sequence[float], share: float
 ) -> list[Encoded]:
-    """Give the rows of a part: all, the clean ones, or those that a filter's `doubts` keep.
+    """Give the rows of a part: all, the clean ones, or without the `share` that a filter doubts.
 
     Raises:
         UserError: nothing is left.
@@ -134,7 +158,8 @@ def part(
     if name == "clean":
         kept = [row for row, flag in zip(rows, noisy, strict=True) if not flag]
     else:
-        kept = keep_best(rows, doubts, rate)
+        kept = keep_best(rows, doubts, share)
     if not kept:
-        raise UserError(f"at a rate of noise of {rate} no {name} pair is left; lower --rates")
+        lower = "--rates" if name == "clean" else "--filtered-share, or --rates if it is not given"
+        raise UserError(f"no {name} pair of {len(rows)} is left to train on; lower {lower}")
     return kept

@@ -16,6 +16,7 @@ from correcting import Watch, fit
 from correction_arms import ARMS, TUNERS, Run
 from misalignment import FILTERS, auroc, filter_scores
 from noisy_corpus import Corpus, misaligned, part, vectors
+from run_files import unfinished
 from self_knowledge import Check, check, matched, row_losses, tokens
 
 from recipes_peft import models, text, translation
@@ -29,7 +30,8 @@ def perform(run: Run, given: Any, corpus: Corpus, base: str, encode: Any) -> dic
     """Train as a run says and measure on clean pairs; gives what is kept of it."""
     set_seed(run.seed)
     began = time.perf_counter()
-    model, tokenizer = models.load(base, given.dtype)
+    # AdamW's steps would be lost in the rounding of weights of fewer bits
+    model, tokenizer = models.load(base, "float32" if run.tuner == "full" else given.dtype)
     model.to(PartialState().device)
     look = partial(
         tokens,
@@ -37,7 +39,7 @@ def perform(run: Run, given: Any, corpus: Corpus, base: str, encode: Any) -> dic
         pad=tokenizer.pad_token_id,
         vocabulary=len(tokenizer),
     )
-    kept: dict[str, Any] = {"trained": 0, "filters": {}, "checks": []}
+    kept: dict[str, Any] = {"trained": 0, "filters": {}, "checks": [], "spent": 0.0}
     if run.tuner != "none":
         model, kept = tuned(run, given, corpus, model, tokenizer, encode, look)
     test, development = ([encode(p) for p in side] for side in (corpus.test, corpus.development))
@@ -55,7 +57,7 @@ def perform(run: Run, given: Any, corpus: Corpus, base: str, encode: Any) -> dic
         "temperature": temperature,
         **asdict(scores),
         "comet": comet,
-        "seconds": time.perf_counter() - began,
+        "seconds": kept.pop("spent") + time.perf_counter() - began,
         **kept,
         "examples": [list(row) for row in zip(sources, said, wanted, strict=True)][:10],
     }
@@ -66,6 +68,7 @@ def tuned(
 ) -> tuple[Any, dict[str, Any]]:
     """Tune the model on noisy pairs; give it and what was seen on the way."""
     arm, noisy = ARMS[run.arm], misaligned(corpus.train, given, run.rate, run.seed)
+    folder = unfinished(given, run)
     pairs, flags = [n.pair for n in noisy], [n.noisy for n in noisy]
     rows, loss, few = [encode(p) for p in pairs], arm.loss(given), slice(given.check_pairs)
     filters: dict[str, float | None] = {}
@@ -76,9 +79,10 @@ def tuned(
     doubts: Sequence[float] = ()
     if arm.part == "filtered":
         doubts = _doubts((given.filter,), given, model, pairs, rows, look)[given.filter]
-    chosen = part(arm.part, rows, flags, doubts, run.rate)
+    share = run.rate if given.filtered_share is None else given.filtered_share
+    chosen = part(arm.part, rows, flags, doubts, share)
     samples = text.samples(rows, given.calibration_samples, given.calibration_length)
-    model = TUNERS[run.tuner](model, samples, given)
+    model = TUNERS[run.tuner](model, samples, given, folder if given.save_steps else None)
 
     rate = run.rate if given.development == "noisy" else 0.0
     judged = [encode(n.pair) for n in misaligned(corpus.development, given, rate, run.seed)]
@@ -86,7 +90,7 @@ def tuned(
     def take(model: Any, progress: float) -> Check:
         plain = {"temperatures": (1.0,), "progress": progress, "token_loss": loss}
         found, development = look(model, rows[few], **plain), look(model, judged, **plain)
-        return check(found, flags[few], progress, development.plain.mean().item())
+        return check(found, flags[few], progress, development)
 
     watch = Watch(take, given.checks, given.keep == "best")
     fit(
@@ -94,19 +98,20 @@ def tuned(
         chosen,
         tokenizer,
         given,
-        Path(given.out) / "trainer",
+        folder,
         steps=steps_of(given, corpus),
         learning_rate=getattr(given, f"{run.tuner}_learning_rate"),
         seed=run.seed,
         token_loss=loss,
-        teacher=arm.teacher,
         watch=watch,
+        teacher=arm.teacher,
     )
     if run.tuner == "road" and PartialState().is_main_process:
         model.save_pretrained(Path(given.out) / "adapters" / str(run))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     checks = [asdict(check) for check in watch.found]
-    return model, {"trained": trained, "filters": filters, "checks": checks}
+    seen = {"trained": trained, "filters": filters, "checks": checks}
+    return model, {**seen, "spent": watch.spent}
 
 
 def _doubts(

@@ -10,22 +10,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from correction_arms import ARMS, TUNERS, Run, plan
 from correction_report import present
 from misalignment import FILTERS, PRESETS
 from noisy_corpus import prepare
 from one_run import perform, steps_of
+from run_files import settings_of, unfinished
 from starting_model import start, warmed
 
 from apiq_peft import CalibrationError
 from recipes_peft import config, errors, models, report, translation
-
-APART = ("out", "arms", "tuners", "rates", "seeds", "side_seeds")  # what a run does not depend on
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class Settings:
     encoder: str = field(metadata={"help": "of targets, for their similarity: tfidf or a name"})
     filter: str = field(metadata={"help": f"for the arm `filtered`: {', '.join(FILTERS)}"})
     filter_encoder: str = field(metadata={"help": "of both languages: tfidf or a name"})
+    filtered_share: float | None = field(
+        metadata={"help": "share of the pairs that `filtered` drops; if not given, the rate"}
+    )
     tau: float
     steepness: float
     beta: float
@@ -73,6 +76,7 @@ class Settings:
     adam_beta2: float
     steps: int | None = field(metadata={"help": "if not given, as many as `epochs` take"})
     epochs: int
+    save_steps: int | None = field(metadata={"help": "between checkpoints of a run to go on from"})
     batch_size: int
     micro_batch_size: int
     measure_batch_size: int = field(metadata={"help": "pairs measured or translated at a time"})
@@ -103,8 +107,11 @@ class Settings:
             rates = [float(rate) for rate in self.rates]
         if any(not 0 <= rate < 1 for rate in rates):
             raise errors.UserError(f"rates are {', '.join(self.rates)}; give shares below 1")
+        if self.filtered_share is not None and self.filtered_share >= 1:
+            raise errors.UserError(f"filtered_share is {self.filtered_share}; give a share below 1")
         if "distilled" in self.arms and self.tuners[0] == "full":
             raise errors.UserError("the arm distilled needs an adapter; name road or apiq first")
+        plan(self)  # refuses arms that the rates leave without a meaning
 
 
 def main() -> int:
@@ -113,7 +120,7 @@ def main() -> int:
     out = Path(given.out)
     with errors.explained(OSError, before="cannot write the results: ", after="; choose --out"):
         (out / "runs").mkdir(parents=True, exist_ok=True)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # it fetches what the others then find
         base = start(given, out)
         model, tokenizer = models.load(base, given.dtype)
@@ -122,13 +129,15 @@ def main() -> int:
     encode = partial(translation.encode, tokenizer=tokenizer, max_length=given.max_length)
     if given.warm_steps:
         base = warmed(given, out, base, [encode(pair) for pair in corpus.warm])
-    same = {name: value for name, value in asdict(given).items() if name not in APART}
+    same = settings_of(given)
     runs, results = [Run("none", 0.0, "base", 0), *plan(given)], []
     state.print(
         f"{given.model}, {given.source} to {given.target}: {len(runs)} runs of"
         f" {steps_of(given, corpus)} steps; {len(corpus.train)} pairs to train on,"
         f" {len(corpus.development)} for development, {len(corpus.test)} to test on"
     )
+    if corpus.dropped:
+        state.print(f"{corpus.dropped} pairs of the data were dropped: they are in the test data")
     for number, run in enumerate(runs, 1):
         file = out / "runs" / f"{run}.json"
         before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -138,6 +147,7 @@ def main() -> int:
                 before = {"settings": same, "result": perform(run, given, corpus, base, encode)}
             if state.is_main_process:
                 report.write_json(file, before)
+                shutil.rmtree(unfinished(given, run), ignore_errors=True)
         results.append(before["result"])
     if state.is_main_process:
         shutil.rmtree(out / "trainer", ignore_errors=True)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np  # torch's quantile refuses more than 16 million values
 import torch
-from correction import error_norm, label_mass, selected
+from correction import certainty, error_norm, label_mass, selected
 from misalignment import auroc
 from torch import Tensor
 
@@ -31,6 +32,7 @@ class Tokens:
     Shapes:
         row: the index of its row. loss: -log p(y), (temperatures, N). norm: ||p - onehot(y)||.
         right: whether y is the likeliest. mass: what the loss in use leaves of the label.
+        certain: c = 1 - H(p) / log V.
     """
 
     row: Tensor
@@ -38,6 +40,7 @@ class Tokens:
     norm: Tensor
     right: Tensor
     mass: Tensor
+    certain: Tensor
 
     @property
     def plain(self) -> Tensor:
@@ -73,10 +76,10 @@ def tokens(
         for i, temperature in enumerate(TEMPERATURES):
             if temperature in temperatures:
                 loss[i] = torch.nn.functional.cross_entropy(z / temperature, y, reduction="none")
-        values = error_norm(z, y), z.argmax(-1) == y, label_mass(token_loss, z, y, progress)
+        mass = label_mass(token_loss, z, y, progress)
+        values = error_norm(z, y), z.argmax(-1) == y, mass, certainty(z)
         found.append((owner.cpu(), loss, *(value.float().cpu() for value in values)))
-    owner, loss, norm, right, mass = (torch.cat(part, -1) for part in zip(*found, strict=True))
-    return Tokens(owner, loss, norm, right, mass)
+    return Tokens(*(torch.cat(part, -1) for part in zip(*found, strict=True)))
 
 
 def matched(development: Tokens, test: Tokens) -> tuple[float, float]:
@@ -102,15 +105,19 @@ class Check:
     clean_mass: float | None
     noisy_right: float | None  # share of noisy labels the model itself would give: memorised
     development_loss: float
+    certainty_low: float  # of development tokens: what a twentieth of them lies below,
+    certainty_middle: float  # the median,
+    certainty_high: float  # and what a twentieth lies above
 
 
-def check(found: Tokens, noisy: Sequence[bool], progress: float, development: float) -> Check:
-    """Sum up the tokens of training pairs, some of them noisy, at one moment of training."""
+def check(found: Tokens, noisy: Sequence[bool], progress: float, development: Tokens) -> Check:
+    """Sum up tokens at one moment of training: those of training pairs, some noisy, and others."""
     flags = torch.tensor(noisy)[found.row]
 
     def mean(values: Tensor, chosen: Tensor) -> float | None:
         return values[chosen].mean().item() if chosen.any() else None
 
+    low, middle, high = np.quantile(development.certain.numpy(), (0.05, 0.5, 0.95)).tolist()
     return Check(
         progress,
         auroc(found.plain, flags),
@@ -118,5 +125,8 @@ def check(found: Tokens, noisy: Sequence[bool], progress: float, development: fl
         mean(found.mass, flags),
         mean(found.mass, ~flags),
         mean(found.right, flags),
-        development,
+        development.plain.mean().item(),
+        low,
+        middle,
+        high,
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from correcting import fit
+from accelerate import PartialState
+from correcting import Watch, fit
 from correction import CrossEntropy
+from run_files import named, settings_of, unfinished
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from apiq_peft.export import save_whole
@@ -22,42 +24,51 @@ __all__ = ["start", "warmed"]
 
 
 def start(given: Any, out: Path) -> str:
-    """Give the folder or name of the model, making a random one of the settings' size if asked."""
+    """Give the folder or name of the model, making a random one of the settings' size if asked.
+
+    Of several processes the main one makes it, before the others ask.
+    """
     if given.model != "scratch":
         return given.model
     names = ("layers", "hidden", "tokenizer")
-    return _once(out, "scratch", given, names, lambda folder: _scratch(given, folder))
+    folder = named(out, "scratch", {name: getattr(given, name) for name in names})
+    if not folder.exists():
+        save_whole(folder, partial(_scratch, given))
+    return str(folder)
 
 
 def warmed(given: Any, out: Path, model: str, rows: Sequence[Encoded]) -> str:
-    """Give the folder of the model after training all its weights on clean pairs."""
+    """Give the folder of the model after training all its weights on clean pairs.
 
-    def make(folder: Path) -> None:
-        loaded, tokenizer = models.load(model, given.dtype)
-        fit(
-            loaded,
-            rows,
-            tokenizer,
-            given,
-            out / "trainer",
-            steps=given.warm_steps,
-            learning_rate=given.warm_learning_rate,
-            seed=0,
-            token_loss=CrossEntropy(given.label_smoothing),
-        )
-        loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    Several processes train it together; the main one writes it.
+    """
+    folder = named(out, "warmed", settings_of(given))
+    if folder.exists():
+        return str(folder)
+    loaded, tokenizer = models.load(model)
+    part = unfinished(given, "warmed")
+    fit(
+        loaded,
+        rows,
+        tokenizer,
+        given,
+        part,
+        steps=given.warm_steps,
+        learning_rate=given.warm_learning_rate,
+        seed=0,
+        token_loss=CrossEntropy(given.label_smoothing),
+        watch=Watch(),
+    )
 
-    apart = ("out", "arms", "tuners", "rates", "seeds", "side_seeds")
-    names = [name for name in vars(given) if name not in apart]
-    return _once(out, "warmed", given, names, make)
+    def write(to: Path) -> None:
+        loaded.save_pretrained(to)
+        tokenizer.save_pretrained(to)
 
-
-def _once(out: Path, kind: str, given: Any, names: Sequence[str], make: Any) -> str:
-    key = json.dumps({name: getattr(given, name) for name in names}, sort_keys=True)
-    folder = out / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        save_whole(folder, make)
+    processes = PartialState()
+    if processes.is_main_process:
+        save_whole(folder, write)
+        shutil.rmtree(part, ignore_errors=True)
+    processes.wait_for_everyone()
     return str(folder)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from recipes_peft.parallel import Pair
 from tests.examples import _recipes
 
 with _recipes.beside("self_correction"):
-    from correcting import Watch
+    from correcting import Watch, _batches
     from correction import SelfCorrectionLoss
     from correction_arms import Run, plan
     from correction_report import TRUSTED, exact, grouped, promises, verdict
@@ -29,7 +31,7 @@ with _recipes.beside("self_correction"):
         simulate_misalignment,
         without_repeats,
     )
-    from noisy_corpus import chunks, part, prepare
+    from noisy_corpus import apart, chunks, part, prepare
     from self_knowledge import TEMPERATURES, Tokens, check, matched, row_losses, tokens
 
 # ---- noise --------------------------------------------------------------------------------------
@@ -142,25 +144,58 @@ def test_word_by_word_pairs_are_cut_into_pieces() -> None:
     assert [(p.source, p.target) for p in found] == [("a", "A"), ("b c", "B C"), ("d", "D")]
 
 
+def asked(**changes: Any) -> SimpleNamespace:
+    given = {
+        **{"data": "tiny", "test_data": None, "source": "de", "target": "en", "words": None},
+        **{"max_length": 200, "test_pairs": 8, "development_pairs": 8, "train_pairs": 50},
+        **{"warm_steps": 1, "warm_pairs": 20, **changes},
+    }
+    return SimpleNamespace(**given)
+
+
 def test_parts_of_the_corpus_share_no_document() -> None:
-    given = SimpleNamespace(
-        data="tiny",
-        test_data=None,
-        source="de",
-        target="en",
-        words=None,
-        max_length=200,
-        test_pairs=8,
-        development_pairs=8,
-        warm_steps=1,
-        warm_pairs=20,
-        train_pairs=50,
-    )
-    corpus = prepare(given, tiny.tokenizer())
+    corpus = prepare(asked(), tiny.tokenizer())
     sides = (corpus.train, corpus.warm, corpus.development, corpus.test)
     documents = [{p.document for p in side} for side in sides]
     assert len(set().union(*documents)) == sum(map(len, documents))
     assert len(corpus.train) <= 50
+    assert corpus.dropped == 0
+
+
+def test_what_is_in_the_test_data_is_not_trained_on(tmp_path: Path) -> None:
+    known = parallel.read("tiny", "de", "en")
+    first = known[0]
+    rest = [p for p in known if p.source != first.source and p.target != first.target]
+    second = next(p for p in rest if p.source != p.target)
+    test = tmp_path / "test.tsv"
+    spaced = f"  {first.source.upper().replace(' ', '   ')}"
+    test.write_text(f"{spaced}\tnew\nneu\t{second.target.title()}\n", encoding="utf-8")
+    corpus = prepare(asked(test_data=str(test), train_pairs=1000), tiny.tokenizer())
+    left = [*corpus.train, *corpus.warm, *corpus.development]
+    assert first.source not in {p.source for p in left}
+    assert second.target not in {p.target for p in left}
+    assert corpus.dropped == 2
+    assert apart(known, [replace(first, source="x", target="y")]) == known
+    test.write_text("\n".join(f"{p.source}\t{p.target}" for p in known), encoding="utf-8")
+    with pytest.raises(UserError, match=r"every pair of tiny stands in .*test.tsv"):
+        prepare(asked(test_data=str(test), test_pairs=1000), tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "wanted"),
+    [
+        (4, 4, 1, (4, 1)),
+        (2, 4, 1, (2, 1)),
+        (8, 4, 4, (2, 1)),
+        (64, 4, 2, (4, 8)),
+        (1, 4, 2, (1, 1)),
+    ],
+)
+def test_a_step_takes_as_many_pairs_as_are_asked_for(
+    batch: int, micro: int, processes: int, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert _batches(SimpleNamespace(batch_size=batch, micro_batch_size=micro)) == wanted
 
 
 def test_parts_of_the_training_rows() -> None:
@@ -169,8 +204,10 @@ def test_parts_of_the_training_rows() -> None:
     assert part("all", rows, flags, [], 0.5) == rows
     assert part("clean", rows, flags, [], 0.5) == ["a", "c"]
     assert part("filtered", rows, flags, [0.0, 9, 8, 1], 0.5) == ["a", "d"]
-    with pytest.raises(UserError, match="no clean pair is left"):
+    with pytest.raises(UserError, match="no clean pair of 4 is left to train on; lower --rates"):
         part("clean", rows, [True] * 4, [], 0.9)
+    with pytest.raises(UserError, match=r"no filtered pair of 4 .*; lower --filtered-share"):
+        part("filtered", rows, flags, [0.0, 9, 8, 1], 0.9)
 
 
 # ---- self-knowledge -----------------------------------------------------------------------------
@@ -189,6 +226,7 @@ def test_tokens_are_measured_as_the_model_counts_them() -> None:
     torch.testing.assert_close(few.plain, found.plain)
     assert torch.isinf(few.loss[0]).all()
     assert (found.mass == 1).all()
+    assert ((found.certain > 0) & (found.certain < 1)).all()
     corrected = tokens(
         model, rows, 3, tokenizer.pad_token_id, token_loss=SelfCorrectionLoss(), progress=1.0
     )
@@ -201,7 +239,7 @@ def table(loss: list[list[float]]) -> Tokens:
     for i, row in enumerate(loss):
         values[i] = torch.tensor(row)
     count = len(loss[0])
-    return Tokens(torch.arange(count), values, *(torch.zeros(count) for _ in range(3)))
+    return Tokens(torch.arange(count), values, *(torch.zeros(count) for _ in range(4)))
 
 
 def test_the_temperature_is_chosen_on_development_data() -> None:
@@ -216,14 +254,20 @@ def test_a_check_parts_noisy_tokens_from_clean_ones() -> None:
         norm=torch.tensor([0.0, 3, 1, 2]),
         right=torch.tensor([1.0, 1, 1, 0]),
         mass=torch.tensor([1.0, 0.8, 0.2, 0.4]),
+        certain=torch.zeros(4),
     )
-    point = check(found, [False, True], 0.5, development=7.0)
+    count = 21
+    others = replace(table([[7.0] * count] * 8), certain=torch.linspace(0, 1, count))
+    point = check(found, [False, True], 0.5, others)
+    assert point.development_loss == 7
+    range_of_c = point.certainty_low, point.certainty_middle, point.certainty_high
+    assert range_of_c == pytest.approx((0.05, 0.5, 0.95))
     assert point.loss_auroc == 1
     assert point.norm_auroc == 0.5
     assert point.noisy_mass == pytest.approx(0.3)
     assert point.clean_mass == pytest.approx(0.9)
     assert point.noisy_right == 0.5
-    nothing = check(found, [False, False], 0.5, development=7.0)
+    nothing = check(found, [False, False], 0.5, others)
     assert nothing.loss_auroc is None
     assert nothing.noisy_mass is None
 
@@ -240,10 +284,39 @@ def test_the_best_weights_come_back() -> None:
         with torch.no_grad():
             model.weight.fill_(step)
         state = SimpleNamespace(global_step=step, max_steps=9)
-        watch.on_step_end(None, state, None, model=model)
+        watch.on_step_end(None, state, SimpleNamespace(), model=model)
     assert [point.progress for point in watch.found] == pytest.approx([1 / 3, 2 / 3, 1])
     watch.restore(model)
     assert model.weight.item() == 6
+
+
+def test_what_was_seen_survives_an_interruption(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    tokens_of = replace(table([[7.0] * 4] * 8), certain=torch.ones(4))
+    point = check(tokens_of, [False] * 4, 0.5, tokens_of)
+    losses = iter([1.0, 2.0])
+
+    def take(_: Any, progress: float) -> Any:
+        return replace(point, progress=progress, development_loss=next(losses))
+
+    watch = Watch(take, 4, remember=True)
+    assert watch.go_on(tmp_path) is None
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        state = SimpleNamespace(global_step=step, max_steps=8)
+        watch.on_step_end(arguments, state, SimpleNamespace(), model=model)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        watch.on_save(arguments, state, SimpleNamespace())
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    again = Watch(take, 4, remember=True)
+    assert again.go_on(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert again.found == watch.found == [replace(point, progress=0.25, development_loss=1.0)]
+    assert again.spent > 0
+    again.on_step_end(arguments, SimpleNamespace(global_step=4, max_steps=8), None, model=model)
+    again.restore(model)
+    assert model.weight.item() == 2
 
 
 # ---- plan and promises --------------------------------------------------------------------------
@@ -266,6 +339,18 @@ def test_promised_arms_run_for_every_seed_and_others_for_some() -> None:
     assert str(runs[-1]) == "full-0.5-self-0"
 
 
+def test_what_needs_known_noise_is_refused_without_it() -> None:
+    own = {"tuners": ["road"], "rates": ["0"], "seeds": 1, "side_seeds": 1, "filtered_share": None}
+    with pytest.raises(UserError, match=r"the arm clean is .* leave it out of --arms"):
+        plan(SimpleNamespace(**own, arms=["ce", "clean"]))
+    with pytest.raises(UserError, match=r"the arm filtered .* give --filtered-share"):
+        plan(SimpleNamespace(**own, arms=["ce", "filtered"]))
+    given = SimpleNamespace(**own | {"filtered_share": 0.2}, arms=["ce", "filtered"])
+    assert [run.arm for run in plan(given)] == ["ce", "filtered"]
+    noisy = SimpleNamespace(**own | {"rates": ["0.5", "0"]}, arms=["clean", "filtered"])
+    assert len(plan(noisy)) == 2
+
+
 def result(arm: str, rate: float, seed: int, **values: Any) -> dict[str, Any]:
     early = {"progress": 0.5, "loss_auroc": 0.7, "noisy_mass": 0.6, "clean_mass": 0.9}
     last = {"progress": 1.0, "loss_auroc": 0.7, "noisy_mass": 0.3, "clean_mass": 0.8}
@@ -273,7 +358,7 @@ def result(arm: str, rate: float, seed: int, **values: Any) -> dict[str, Any]:
     return {"tuner": "road", "rate": rate, "arm": arm, "seed": seed, **own, **values}
 
 
-def judged(**changes: dict[str, Any]) -> dict[str, bool]:
+def judged(**changes: dict[str, Any]) -> dict[str, bool | None]:
     made = []
     for seed in range(3):
         made += [
@@ -288,7 +373,7 @@ def judged(**changes: dict[str, Any]) -> dict[str, bool]:
     return promises(grouped(made), "road", [0.5, 0.0])
 
 
-def kept(made: dict[str, bool], word: str) -> bool:
+def kept(made: dict[str, bool | None], word: str) -> bool | None:
     (found,) = [kept for promise, kept in made.items() if word in promise]
     return found
 
@@ -327,7 +412,24 @@ def test_two_failures_of_s1_are_calibration_only() -> None:
 def test_promises_wait_for_their_runs() -> None:
     assert set(promises({}, "road", [0.5])) == {"S0 the loss is exact"}
     only = grouped([result("ce", 0.0, 0), result("self", 0.0, 0)])
-    assert len(promises(only, "road", [0.0])) == 2
+    assert len(promises(only, "road", [0.5, 0.0])) == 2
+
+
+def test_data_with_noise_of_its_own_is_not_judged_as_clean() -> None:
+    only = grouped([result("ce", 0.0, 0), result("self", 0.0, 0)])
+    assert set(promises(only, "road", [0.0])) == {"S0 the loss is exact"}
+
+
+def test_seeds_without_a_noisy_pair_to_check_are_left_out() -> None:
+    nothing = {"loss_auroc": None, "noisy_mass": None, "clean_mass": 0.9}
+    unseen = [{"progress": 0.5, **nothing}, {"progress": 1.0, **nothing}]
+    ce = [result("ce", 0.05, seed) for seed in range(2)]
+    one = grouped([*ce, result("self", 0.05, 0, checks=unseen), result("self", 0.05, 1)])
+    assert kept(promises(one, "road", [0.05]), "AUROC") is True
+    assert kept(promises(one, "road", [0.05]), "less is left") is True
+    none = grouped([*ce, *(result("self", 0.05, seed, checks=unseen) for seed in range(2))])
+    assert kept(promises(none, "road", [0.05]), "AUROC") is None
+    assert kept(promises(none, "road", [0.05]), "less is left") is None
 
 
 def test_the_exactness_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
