@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +14,24 @@ from parallel_pairs import Row
 from prepare import Data
 from shortcuts import ABSENT, BINS, bin_of, overlap, script
 
-__all__ = ["analyse", "distances", "hard_within", "interval", "overlaps", "scripts"]
+__all__ = [
+    "analyse",
+    "differences",
+    "distances",
+    "hard_within",
+    "interval",
+    "overlaps",
+    "scripts",
+    "sum_of",
+]
 
 NEARNESS = {"[0, 5)": 5.0, "[5, 10)": 10.0, "[10, 20)": 20.0, "[20, 400)": ABSENT}
 FAR = "none or cut"
 # XNLI's classes as entailment (0) and not; and the class that overlap speaks for, by task
 MERGED = {"xnli": {0: 0, 1: 1, 2: 1}}
 POSITIVE = {"xnli": 0}
+# arms whose difference is given, the first minus the second
+COMPARED = (("road", "lora"), ("road", "full"), ("lora", "full"))
 
 
 def scripts(data: Data) -> dict[str, str]:
@@ -113,11 +126,42 @@ def hard_within(
     return found
 
 
-def interval(scores: Sequence[Scores], samples: int) -> tuple[float, float]:
-    """Give the bootstrap interval of the gap, or of the difference of two, mean over languages."""
+def interval(scores: Sequence[Scores], samples: int, of: str = "gap") -> tuple[float, float]:
+    """Give the bootstrap interval of a mean over languages, or of the difference of two.
 
-    def gap(*matrices: torch.Tensor) -> torch.Tensor:
-        gaps = [grid.within_across(matrix).gap.mean(-1) for matrix in matrices]
-        return gaps[0] - gaps[1] if len(gaps) > 1 else gaps[0]
+    `of` is gap, within or across.
+    """
 
-    return grid.bootstrap(scores, gap, samples)
+    def mean(*matrices: torch.Tensor) -> torch.Tensor:
+        means = [getattr(grid.within_across(matrix), of).mean(-1) for matrix in matrices]
+        return means[0] - means[1] if len(means) > 1 else means[0]
+
+    return grid.bootstrap(scores, mean, samples)
+
+
+def differences(
+    scores: Mapping[str, Mapping[int, Scores]], samples: int
+) -> dict[str, dict[str, Any]]:
+    """Compare arms on the seeds that both have: the difference and its paired interval.
+
+    `scores` are those of each arm by seed. Compared are RoAd, LoRA and every weight, and every arm
+    of ApiQ with LoRA.
+    """
+    pairs = [*COMPARED, *((arm, "lora") for arm in scores if arm.startswith("apiq"))]
+    found: dict[str, dict[str, Any]] = {}
+    for one, other in pairs:
+        seeds = sorted(set(scores.get(one, {})) & set(scores.get(other, {})))
+        if not seeds:
+            continue
+        both = [sum_of([scores[arm][seed] for seed in seeds]) for arm in (one, other)]
+        means = [grid.within_across(s.matrix).means() for s in both]
+        found[f"{one} - {other}"] = {"seeds": seeds} | {
+            of: {"difference": means[0][of] - means[1][of], "95": interval(both, samples, of)}
+            for of in ("within", "across", "gap")
+        }
+    return found
+
+
+def sum_of(scores: Sequence[Scores]) -> Scores:
+    """Pool the scores of several seeds."""
+    return functools.reduce(operator.add, scores)

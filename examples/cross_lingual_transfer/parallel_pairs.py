@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 from recipes_peft.errors import UserError
 
-__all__ = ["Answer", "Items", "ParallelPairs", "Row", "hard_others", "matching", "random_others"]
+__all__ = [
+    "Answer",
+    "Items",
+    "ParallelPairs",
+    "Row",
+    "connected",
+    "hard_others",
+    "matching",
+    "random_others",
+]
 
 
 class Answer(NamedTuple):
@@ -112,6 +121,25 @@ class ParallelPairs:
             for side in (self.first, self.second, self.targets)
         )
         return ParallelPairs(*sides, self.groups)
+
+
+def connected(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Give the group of each row: rows that share a text, on either side, are of one.
+
+    So are rows that are connected by others. A group's name is the first text of it.
+    """
+    above: dict[str, str] = {}
+
+    def top(text: str) -> str:
+        while above.setdefault(text, text) != text:
+            above[text] = text = above[above[text]]
+        return text
+
+    for a, b in zip(first, second, strict=True):
+        a, b = top(a), top(b)
+        above[b] = a
+    names: dict[str, str] = {}
+    return [names.setdefault(top(text), text) for text in first]
 
 
 @dataclass(frozen=True)

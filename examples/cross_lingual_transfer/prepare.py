@@ -48,7 +48,7 @@ class Data:
 
 
 def prepare(given: Any) -> Data:
-    """Read the data and part it by groups: countries, premises or paragraphs.
+    """Read the data and part it by groups: countries, premises, paragraphs, connected sentences.
 
     Raises:
         UserError: the data cannot be read, or there is too little of it.
@@ -91,9 +91,8 @@ def _read(given: Any) -> ParallelPairs | Items:
         raise UserError(f"the task {given.task} needs its languages; give --languages en de ...")
     if given.task == "countries":
         return countries.read(given.data, given.languages)
-    return readers.aligned(
-        {name: readers.read(given.task, given.data, name) for name in given.languages}
-    )
+    records = {name: readers.read(given.task, given.data, name) for name in given.languages}
+    return readers.aligned(records, readers.SOURCES[given.task].alike)
 
 
 def _checked(languages: Sequence[str], known: Mapping[str, Any]) -> Sequence[str]:
@@ -108,7 +107,7 @@ def _training(given: Any, language: str, languages: Sequence[str]) -> ParallelPa
     if "{language}" in given.train_data:
         names += [name for name in languages if name != language]
     records = {name: readers.read(given.task, given.train_data, name, True) for name in names}
-    return readers.aligned(records)
+    return readers.aligned(records, readers.SOURCES[given.task].alike)
 
 
 def _of_items(given: Any, items: Items, language: str) -> Data:

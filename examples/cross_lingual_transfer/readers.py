@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel_pairs import Answer, Items, ParallelPairs
+from parallel_pairs import Answer, Items, ParallelPairs, connected
 
 from recipes_peft.errors import UserError, explained
 
@@ -34,6 +34,7 @@ class Source:
     hub_name: str  # of a language
     hub_split: str
     hub_columns: tuple[str, str, str]
+    alike: bool = False  # both segments are of one kind, and may be the same in several rows
 
 
 def read(task: str, where: str, language: str, training: bool = False) -> list[Record]:
@@ -54,11 +55,16 @@ def read(task: str, where: str, language: str, training: bool = False) -> list[R
     return rows
 
 
-def aligned(records: dict[str, list[Record]]) -> ParallelPairs:
-    """Join the rows of languages by their order; rows with one first segment are a group."""
+def aligned(records: dict[str, list[Record]], alike: bool = False) -> ParallelPairs:
+    """Join the rows of languages by their order; rows with one first segment are a group.
+
+    With `alike`, rows that share either segment are, and rows that are connected by others. Texts
+    are compared in the first language.
+    """
     columns = {name: list(zip(*rows, strict=True)) for name, rows in records.items()}
     first, second, targets = ({name: list(c[i]) for name, c in columns.items()} for i in range(3))
-    return ParallelPairs(first, second, targets, next(iter(first.values())))
+    a, b = (next(iter(side.values())) for side in (first, second))
+    return ParallelPairs(first, second, targets, connected(a, b) if alike else a)
 
 
 def _text(path: Path) -> str:
@@ -171,7 +177,12 @@ def _hub(source: Source, name: str, language: str, training: bool) -> list[Recor
 
 SOURCES = {
     "pawsx": Source(
-        "dev-{language}.tsv", _pawsx, "{language}", "test", ("sentence1", "sentence2", "label")
+        "dev-{language}.tsv",
+        _pawsx,
+        "{language}",
+        "test",
+        ("sentence1", "sentence2", "label"),
+        alike=True,
     ),
     "xnli": Source(
         "test-{language}.tsv", _xnli, "{language}", "test", ("premise", "hypothesis", "label")

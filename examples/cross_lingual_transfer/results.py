@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
-import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -44,29 +42,26 @@ def present(
     `found` and `cells` have an entry for each seed, by arm, baseline or check.
     """
     main = next(iter(task.metrics))
-    pooled = {
-        arm: functools.reduce(
-            operator.add, (grid.scored(c, data.test, task.metrics[main]) for c in several)
-        )
+    scores = {
+        arm: {
+            about.get("seed", 0): grid.scored(c, data.test, task.metrics[main])
+            for about, c in zip(found[arm], several, strict=True)
+        }
         for arm, several in cells.items()
     }
+    pooled = {arm: analysis.sum_of(list(seeds.values())) for arm, seeds in scores.items()}
     gaps = {arm: analysis.interval([s], given.bootstrap) for arm, s in pooled.items()}
-    changes = {
-        arm: analysis.interval([s, pooled["lora"]], given.bootstrap)
-        for arm, s in pooled.items()
-        if arm.startswith("apiq") and "lora" in pooled
-    }
+    differences = analysis.differences(scores, given.bootstrap)
     analysed = {
         arm: [analysis.analyse(c, data, task, given.task) for c in several]
         for arm, several in cells.items()
     }
     table(given, data, main, found, analysed, gaps)
     by_language(main, data.test.languages, pooled)
+    compare(main, differences)
     kept = promises(given, data, pooled, gaps, found, main)
     for promise, met in kept.items():
         print(f"{'yes' if met else 'NO '}  {promise}")
-    for arm, (low, high) in changes.items():
-        print(f"{arm}: the gap's change against lora, 95 %: {low:+.3f} to {high:+.3f}")
     report.write_json(
         out / "results.json",
         {
@@ -77,7 +72,7 @@ def present(
             "scripts": analysis.scripts(data),
             "promises": kept,
             "gap_95": gaps,
-            "gap_change_95": changes,
+            "differences": differences,
             "arms": {
                 arm: [{**a, **b} for a, b in zip(found[arm], analysed[arm], strict=True)]
                 for arm in found
@@ -152,6 +147,21 @@ def by_language(main: str, languages: Sequence[str], pooled: Mapping[str, Scores
                 values = [f"{100 * v:.1f}" for v in getattr(summary, name).tolist()]
                 rows.append([f"{arm}, {name}", *values])
     report.show(f"{main} by language, mean over seeds", ["", *languages], rows)
+
+
+def compare(main: str, differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """Show how far arms are apart, with paired intervals."""
+    rows = []
+    for pair, values in differences.items():
+        cells = [values[of] for of in ("within", "across", "gap")]
+        numbers = [
+            f"{100 * c['difference']:+.1f} ({100 * c['95'][0]:+.1f} to {100 * c['95'][1]:+.1f})"
+            for c in cells
+        ]
+        rows.append([pair, str(len(values["seeds"])), *numbers])
+    if rows:
+        columns = ["", "seeds of both", "within", "across", "gap"]
+        report.show(f"differences in {main}, points, with 95 % intervals", columns, rows)
 
 
 def promises(

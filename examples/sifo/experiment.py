@@ -41,7 +41,8 @@ class Work:
     tests: Tests
     held: Sequence[SifoSample]
     tokenizer: Any
-    left_out: Mapping[str, int]
+    left_out: Mapping[str, int]  # prompts that are too long, by set
+    tested: Mapping[str, int]  # of what is not trained on because it is tested, by option
 
     def model(self) -> Any:
         """Load the base, anew for every arm."""
@@ -62,12 +63,12 @@ def prepare(
 ) -> Work:
     """Make the chains and check that the adapters fit; `own` are samples of the user's to test.
 
-    Words that occur in those are not trained on. Prompts that are too long are left out.
+    What occurs in those is not trained on. Prompts that are too long are left out.
 
     Raises:
         UserError: there are too few words or texts, or an adapter does not fit the model.
     """
-    avoid = [text for xs in own.values() for x in xs for text in (x.context, *x.steps, *x.golds)]
+    tested = [sample for rows in own.values() for sample in rows]
     model, tokenizer = models.load(given.model, given.dtype)
     advice = (
         "; change --group-size, --bits-group-size or --target-modules; the linear layers are, with"
@@ -75,7 +76,7 @@ def prepare(
     )
     with errors.explained(ValueError, before="the adapter does not fit: ", after=advice):
         add_road(model, given)
-    train, test = Chains("train", given, avoid), Chains("test", given)
+    train, test = Chains("train", given, tested), Chains("test", given)
     count = given.steps * given.batch_size
     learned = {task: train.make(task, count, given.train_steps) for task in TASKS}
     tests = {task: test.make(task, given.test_chains, given.test_steps) for task in TASKS}
@@ -91,7 +92,9 @@ def prepare(
         raise errors.UserError(
             f"no prompt has {given.max_prompt} tokens or fewer; raise --max-prompt"
         )
-    return Work(given, accelerator, folder, learned, short, held, tokenizer, left_out)
+    return Work(
+        given, accelerator, folder, learned, short, held, tokenizer, left_out, train.left_out
+    )
 
 
 def run_arm(work: Work, name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from recipes_peft.errors import UserError
 
-__all__ = ["HALVES", "Fact", "Lexicon", "Scene", "lexicon"]
+__all__ = ["HALVES", "Fact", "Lexicon", "Scene", "half_of", "lexicon"]
 
 HALVES = ("train", "test")
 T = TypeVar("T")
@@ -50,7 +51,9 @@ class Lexicon:
     facts: tuple[Fact, ...]
 
     def __post_init__(self) -> None:
-        least = {"foreign": 8, "names": 6, "scenes": 2, "stems": 4, "things": 4, "places": 4}
+        least = {
+            "foreign": 8, "names": 6, "scenes": 2, "stems": 4, "things": 4, "places": 4, "facts": 4,
+        }  # fmt: skip
         for kind, count in least.items():
             if len(getattr(self, kind)) < count:
                 raise UserError(
@@ -63,6 +66,11 @@ class Lexicon:
         found = {*self.foreign, *self.names, *self.stems, *self.things, *self.places}
         found |= {item for scene in self.scenes for item in scene.items}
         return found | {value for fact in self.facts for value in fact.values}
+
+
+def half_of(text: str) -> str:
+    """Give the half that a text belongs to, by a checksum."""
+    return HALVES[int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 2]
 
 
 def lexicon(half: str, seed: int = 0, avoid: Iterable[str] = ()) -> Lexicon:
@@ -86,6 +94,7 @@ def lexicon(half: str, seed: int = 0, avoid: Iterable[str] = ()) -> Lexicon:
     chosen = part([scene.place for scene in _SCENES], "scenes")
     scenes = (scene for scene in _SCENES if scene.place in chosen)
     kept = [(s, tuple(i for i in s.items if i.lower() not in everything)) for s in scenes]
+    facts = [Fact(*told, part(values, told[1])) for told, values in _FACTS.items()]
     return Lexicon(
         part(_FOREIGN, "foreign"),
         part(_NAMES, "names"),
@@ -93,10 +102,8 @@ def lexicon(half: str, seed: int = 0, avoid: Iterable[str] = ()) -> Lexicon:
         part(_STEMS, "stems"),
         part(_THINGS, "things"),
         part(_PLACES, "places"),
-        tuple(
-            Fact(sentence, question, part(values, question))
-            for (sentence, question), values in _FACTS.items()
-        ),
+        # one value is told, one asked for, and one is left if the question comes again
+        tuple(fact for fact in facts if len(fact.values) > 2),
     )
 
 

@@ -109,7 +109,8 @@ def from_problem(question: str, answer: str) -> SifoSample | None:
     if len(steps) < 2 or not linked or "e" in "".join(golds):
         return None
     steps[0] = f"{question.strip()} {steps[0]}"
-    return SifoSample("math", tuple(steps), tuple(golds), meta={"linked": linked})
+    meta = {"linked": linked, "question": question}
+    return SifoSample("math", tuple(steps), tuple(golds), meta=meta)
 
 
 def _named(text: str, golds: Sequence[str]) -> tuple[str, int]:

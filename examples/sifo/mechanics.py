@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +15,15 @@ from faults import RESPONDERS, chain_strength, predicted, skip_at_random
 from samples import TASKS, SifoSample
 from verifier import Report, aggregate, normalise, score
 
-__all__ = ["OFFICIAL", "mechanics", "oracle_table", "promised", "propagation", "replayed"]
+__all__ = [
+    "OFFICIAL",
+    "is_official",
+    "mechanics",
+    "oracle_table",
+    "promised",
+    "propagation",
+    "replayed",
+]
 
 SKIP = 0.1  # the chance of the propagation oracle
 CHAINS = 6000  # that it is run on, at least; 2,000 are promised
@@ -40,12 +50,25 @@ OFFICIAL: Mapping[str, Mapping[str, tuple[float, float, float | None]]] = {
     "all golds in every answer": dict.fromkeys(TASKS, (100, 100, None)),
     "empty": dict.fromkeys(TASKS, (0, 0, 0)),
 }  # fmt: skip
+# by which the official files are known, whatever they are called: checksums of their content
+CONTENT = {
+    "text_modification": "259267b95df3b32e",
+    "qa": "4222e0c98aaeda62",
+    "math": "3c3b3434d9421807",
+    "security": "d0df1768a5e74503",
+}
 REPLAYS = {
     "text_modification": simulators.replay_text,
     "security": simulators.replay_security,
 }
 # how many official steps each simulator must give exactly
 REPLAYED = {"text_modification": 800, "security": 801}
+
+
+def is_official(task: str, samples: Sequence[SifoSample]) -> bool:
+    """Say whether samples are those of the official file of a task, in its order."""
+    content = json.dumps([[s.context, *s.steps, *s.golds] for s in samples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16] == CONTENT.get(task)
 
 
 def oracle_table(chains: Mapping[str, Sequence[SifoSample]]) -> dict[str, dict[str, Report]]:
@@ -109,11 +132,12 @@ def propagation(samples: Sequence[SifoSample], repeats: int, seed: int = 0) -> d
 def mechanics(
     made: Mapping[str, Sequence[SifoSample]],
     edited: Sequence[SifoSample],
-    official: Mapping[str, Sequence[SifoSample]],
+    own: Mapping[str, Sequence[SifoSample]],
 ) -> dict[str, Any]:
     """Measure criteria 1 to 4; `edited` are chains of text modification of 3 to 5 steps.
 
-    What official files there are is measured beside them.
+    What files the user has of the four tasks is measured beside them. Samples of text modification
+    with a step that cannot be read as an edit are left out of strength and propagation.
     """
     found: dict[str, Any] = {
         "oracles": _plain(oracle_table(made)),
@@ -122,19 +146,23 @@ def mechanics(
         "strength": asdict(chain_strength(edited)),
         "propagation": propagation(edited, -(-CHAINS // len(edited))),
     }
-    if official:
-        found["official"] = {"oracles": _plain(oracle_table(official))}
-        known = [task for task in REPLAYS if task in official]
-        found["official"]["replayed"] = {task: replayed(task, official[task]) for task in known}
-        if "text_modification" in official:
-            texts = official["text_modification"]
-            found["official"]["strength"] = asdict(chain_strength(texts))
-            found["official"]["propagation"] = propagation(texts, 20)
+    if own:
+        texts = own.get("text_modification", [])
+        readable = [sample for sample in texts if _is_readable(sample)]
+        found["own"] = {
+            "official": [task for task, samples in own.items() if is_official(task, samples)],
+            "oracles": _plain(oracle_table(own)),
+            "replayed": {task: replayed(task, own[task]) for task in REPLAYS if task in own},
+            "unreadable": len(texts) - len(readable),
+        }
+        if readable:
+            found["own"]["strength"] = asdict(chain_strength(readable))
+            found["own"]["propagation"] = propagation(readable, 20)
     return found
 
 
 def promised(found: Mapping[str, Any]) -> dict[str, bool]:
-    """Say which of criteria 1 to 4 are met."""
+    """Say which of criteria 1 to 4 are met; of the user's files the official ones are judged."""
     oracles, strength, spread = found["oracles"], found["strength"], found["propagation"]
     steps = found["steps"]
     gold, empty = oracles["gold answers"], oracles["empty"]
@@ -155,17 +183,27 @@ def promised(found: Mapping[str, Any]) -> dict[str, bool]:
         and max(differences) <= 0.03,
         "4 accuracy falls from each position to the next": falls,
     }
-    if "official" in found:
-        official = found["official"]
+    if "own" in found and (official := found["own"]["official"]):
+        own = found["own"]
         kept["1 the oracle table of the official files, within 0.01"] = all(
-            _close(values, OFFICIAL[name][task])
-            for name, row in official["oracles"].items()
-            for task, values in row.items()
-            if task in OFFICIAL[name]
+            _close(row[task], OFFICIAL[name][task])
+            for name, row in own["oracles"].items()
+            for task in official
         )
-        for task, (same, _) in official["replayed"].items():
-            kept[f"2 {REPLAYED[task]} official steps of {task} or more"] = same >= REPLAYED[task]
+        for task, (same, _) in own["replayed"].items():
+            if task in official:
+                kept[f"2 {REPLAYED[task]} official steps of {task} or more"] = (
+                    same >= REPLAYED[task]
+                )
     return kept
+
+
+def _is_readable(sample: SifoSample) -> bool:
+    try:
+        simulators.replay_text(sample)
+    except ValueError:
+        return False
+    return True
 
 
 def _close(values: Mapping[str, Any], wanted: Sequence[float | None]) -> bool:

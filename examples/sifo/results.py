@@ -16,7 +16,7 @@ from verifier import Report
 
 from recipes_peft import report
 
-__all__ = ["draw", "promised", "show", "show_oracles", "write_tables"]
+__all__ = ["draw", "promised", "show", "show_oracles", "show_own", "write_tables"]
 
 LOGITS = 1e-4  # of the largest: how far a mixed batch may be from one adapter at a time, in float32
 _HEADER = (
@@ -69,6 +69,19 @@ def show_oracles(table: Mapping[str, Mapping[str, Any]], title: str) -> None:
         for name, row in table.items()
     ]
     report.show(f"{title}: S / I / D", ["", *tasks], rows)
+
+
+def show_own(own: Mapping[str, Any]) -> None:
+    """Print the responders on the user's files, and what of these is not judged or not measured."""
+    show_oracles(own["oracles"], "the same, --data")
+    for task in own["oracles"]["empty"]:
+        if task not in own["official"]:
+            print(f"{task} of --data is not the official file: no promise is judged on it")
+    if own["unreadable"]:
+        print(
+            f"text_modification of --data: {own['unreadable']} samples have a step that is no edit"
+            " with its words in double quotes; strength and propagation are without them"
+        )
 
 
 def show(arms: Mapping[str, Any], title: str) -> None:

@@ -45,8 +45,8 @@ def main() -> int:
     if accelerator.is_main_process:
         lm_eval_tasks.export(out / "lm_eval", work.tests, given.max_new_tokens)
         results.show_oracles(found["oracles"], "responders of known behaviour, generated chains")
-        if "official" in found:
-            results.show_oracles(found["official"]["oracles"], "the same, official files")
+        if "own" in found:
+            results.show_own(found["own"])
     accelerator.wait_for_everyone()
 
     held = experiment.security(work)
@@ -57,13 +57,13 @@ def main() -> int:
 
 
 def without_a_model(given: Settings, own: Any) -> dict[str, Any]:
-    """Measure criteria 1 to 4 on generated chains, and on the official files among `own`."""
+    """Measure criteria 1 to 4 on generated chains, and on files of the four tasks in `own`."""
     least, most = WORDS
     chains = Chains("test", replace(given, least_words=least, most_words=most))
     made = {task: chains.make(task, given.test_chains, given.test_steps) for task in samples.TASKS}
     edited = chains.make("text_modification", given.mechanic_chains, 5, 3)
-    official = {task: rows for task, rows in own.items() if task in samples.TASKS}
-    return mechanics.mechanics(made, edited, official)
+    known = {task: rows for task, rows in own.items() if task in samples.TASKS}
+    return mechanics.mechanics(made, edited, known)
 
 
 def present(
@@ -83,6 +83,9 @@ def present(
     for name, count in work.left_out.items():
         if count:
             print(f"{name}: {count} prompts of more than {given.max_prompt} tokens were left out")
+    for option, count in work.tested.items():
+        if count:
+            print(f"--{option}: {count} texts that occur in --data were left out of training")
     report.write_json(
         out / "results.json",
         {
@@ -91,6 +94,7 @@ def present(
             "mechanics": found,
             "security": held,
             "left_out": work.left_out,
+            "tested_left_out": work.tested,
             "arms": arms,
         },
     )

@@ -171,7 +171,8 @@ class SecurityState:
         return self._by_password(instruction) if self.password else self._by_person(instruction)
 
     def _by_password(self, instruction: str) -> SecurityState:
-        if instruction.split(maxsplit=1)[0].strip("'\",.:;") != self.password:
+        first = (instruction.split(maxsplit=1) or [""])[0]
+        if first.strip("'\",.:;") != self.password:
             return self
         if change := _CHANGE.search(instruction):
             return replace(self, password=change["word"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 import string
@@ -10,15 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lexicons import HALVES, Lexicon
+from lexicons import HALVES, Lexicon, half_of
 from samples import SifoSample, opened
 from simulators import Edit, TextModState
 
 from recipes_peft import assets, boolq
 from recipes_peft.errors import UserError
 
-__all__ = ["instruction", "make", "sentences", "toy_sentences"]
+__all__ = ["SENTENCE_END", "instruction", "make", "sentences", "toy_sentences"]
 
+SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])")
 # The official mix of edits, in steps of 800 (specification, section 2.1).
 _MIX = {"delete": 274, "replace": 262, "before": 134, "after": 130}
 # How often an edit is aimed at a word that an earlier one brought in, where there is one.
@@ -130,7 +130,7 @@ def sentences(source: str, half: str, least: int, most: int) -> list[str]:
         # headings of WikiText stand between equals signs
         paragraphs = re.split(r"\n\s*\n|(?m:^ *=.*= *$)", opened(Path(source)))
         parts = [(p, " ".join(p.split())) for p in paragraphs]
-    ours = [text for group, text in parts if HALVES[_checksum(group) % 2] == half]
+    ours = [text for group, text in parts if half_of(group) == half]
     found = [s for text in ours for s in _pieces(text, least, most)]
     if not found:
         raise UserError(
@@ -141,7 +141,7 @@ def sentences(source: str, half: str, least: int, most: int) -> list[str]:
 
 
 def _pieces(text: str, least: int, most: int) -> Iterable[str]:
-    whole = re.split(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])", text)
+    whole = SENTENCE_END.split(text)
     held: list[str] = []
     for sentence in whole:
         held = [*held, sentence]
@@ -150,10 +150,6 @@ def _pieces(text: str, least: int, most: int) -> Iterable[str]:
             yield " ".join(held)
         if count >= least:
             held = []
-
-
-def _checksum(text: str) -> int:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 _SUBJECTS = (

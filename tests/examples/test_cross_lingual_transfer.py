@@ -63,6 +63,14 @@ def test_sides_that_do_not_fit_are_refused() -> None:
         whole.only(["fr"])
 
 
+def test_rows_that_share_a_text_are_connected() -> None:
+    first = ["a", "b", "c", "d", "e", "a"]
+    second = ["x", "c", "y", "x", "e", "z"]
+    assert pairs.connected(first, second) == ["a", "b", "b", "a", "e", "a"]
+    # in a chain, whatever the order
+    assert set(pairs.connected(["p", "s", "q"], ["q", "r", "r"])) == {"p"}
+
+
 def test_items_make_balanced_pairs_in_every_cell() -> None:
     texts = {
         "en": [("a", "A x"), ("b", "B x"), ("c", "C x")],
@@ -249,6 +257,33 @@ def test_the_bootstrap_resamples_groups_in_pairs() -> None:
     # what is the same in both has no spread: differences are of the same groups
     better = grid.Scores(["a", "b"], right + torch.eye(2, dtype=torch.float64) * 0.5, count)
     assert grid.bootstrap([better, one], gap, 200) == pytest.approx((0.25, 0.25))
+
+
+def test_arms_are_compared_in_pairs_on_the_seeds_of_both() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = torch.full((40, 2, 2), 2.0, dtype=torch.float64)
+    right = torch.randint(0, 3, (2, 40, 2, 2), generator=generator).double()
+    one, late = (grid.Scores(["a", "b"], r, count) for r in right)
+    better = grid.Scores(["a", "b"], right[0] + torch.eye(2, dtype=torch.float64) * 0.5, count)
+    scores = {
+        "road": {0: better, 1: late}, "lora": {0: one}, "full": {1: one}, "apiq-2": {0: one},
+        "road+mixed": {0: one},
+    }  # fmt: skip
+    found = RECIPE.analysis.differences(scores, 200)
+    assert list(found) == ["road - lora", "road - full", "apiq-2 - lora"]
+    assert [found[pair]["seeds"] for pair in found] == [[0], [1], [0]]
+    # the same on every group: the intervals have no width
+    for of, wanted in {"within": 0.25, "across": 0.0, "gap": 0.25}.items():
+        values = found["road - lora"][of]
+        assert (values["difference"], *values["95"]) == pytest.approx((wanted,) * 3)
+    low, high = found["road - full"]["across"]["95"]
+    assert low < found["road - full"]["across"]["difference"] < high
+    assert high - low > 0.1
+    twice = RECIPE.analysis.differences({"lora": {0: one, 1: late}, "full": {0: one, 1: one}}, 50)
+    assert twice["lora - full"]["seeds"] == [0, 1]
+    middle = grid.within_across(late.matrix).means()["gap"]
+    alone = grid.within_across(one.matrix).means()["gap"]
+    assert twice["lora - full"]["gap"]["difference"] == pytest.approx((middle - alone) / 2)
 
 
 def test_scripts_are_told_apart() -> None:

@@ -239,6 +239,24 @@ def test_parts_are_as_large_as_asked_and_no_larger() -> None:
         prepare.prepare(settings(languages=["l"]))
 
 
+def test_no_sentence_of_paraphrases_is_on_two_sides(tmp_path: Path) -> None:
+    # every second sentence is the first of another row, or its second
+    rows = [(f"s{i}", f"s{i + 1}" if i % 3 else f"t{i // 2}") for i in range(30)]
+    for name in ("en", "de"):
+        lines = [f"{name} {a}\t{name} {b}\t{i % 2}" for i, (a, b) in enumerate(rows)]
+        (tmp_path / f"dev-{name}.tsv").write_text("\n".join(lines) + "\n")
+    given = settings(
+        task="pawsx", data=str(tmp_path), languages=["en", "de"], train_groups=4, held_out=2
+    )
+    data = prepare.prepare(given)
+    sides = [
+        {text for side in (part.first, part.second) for text in side["en"]}
+        for part in (data.train, data.held_out, data.test)
+    ]
+    assert min(map(len, sides)) > 2
+    assert sum(map(len, sides)) == len(set.union(*sides))
+
+
 def test_training_text_of_its_own_has_perhaps_all_languages(tmp_path: Path) -> None:
     for name in ("en", "de"):
         (tmp_path / f"dev-{name}.tsv").write_text(

@@ -174,6 +174,7 @@ def test_a_run_and_what_it_takes_up_again(
     assert road["trained"] < found["arms"]["apiq-3"][0]["trained"]
     lines = Path("demo-output/grid.csv").read_text().splitlines()
     assert len(lines) == 1 + 7 * 9
+    assert found["differences"] == {}  # without lora and full
     for name in ("grid.png", "curves.png", "curves.csv"):
         assert Path("demo-output", name).exists()
     names = {path.name for path in (work / "models").iterdir()}
@@ -209,6 +210,23 @@ def test_questions_run_on_files_like_squad(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(part["rows"] for part in near["within"].values()) == 2 * 3
     assert sum(part["rows"] for part in near["across"].values()) == 2 * 3
     assert found["arms"]["oracle"][0]["metrics"]["exact"]["means"]["across"] == 1
+
+
+def test_differences_of_arms_are_shown_and_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(monkeypatch, *SMALL, "--seeds", "2", "--once", "lora") == 0
+    found = json.loads(Path("demo-output/results.json").read_text())
+    assert list(found["differences"]) == ["road - lora"]
+    values = found["differences"]["road - lora"]
+    assert values["seeds"] == [0]
+    means = [found["arms"][arm][0]["metrics"]["accuracy"]["means"] for arm in ("road", "lora")]
+    for of in ("within", "across", "gap"):
+        low, high = values[of]["95"]
+        assert low <= values[of]["difference"] <= high
+        assert values[of]["difference"] == pytest.approx(means[0][of] - means[1][of])
+    assert "differences in accuracy" in capsys.readouterr().out
 
 
 def test_the_settings_of_the_paper_run_on_files(monkeypatch: pytest.MonkeyPatch) -> None:
