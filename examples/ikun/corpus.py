@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import mixture
 import torch
 
 from recipes_peft import data, translation
 from recipes_peft.data import Encoded, Example
 from recipes_peft.errors import UserError
 from recipes_peft.parallel import LANGUAGES, Pair
+
+T = TypeVar("T")
 
 # ---- parts --------------------------------------------------------------------------------------
 
@@ -67,13 +71,10 @@ def parts_of(
     than `most` characters are left out. No line of the test stands, in its language, in the tuning
     pairs, and none of either in the texts.
     """
-    short = {
-        direction: [p for p in found if max(len(p.source), len(p.target)) <= most]
-        for direction, found in pairs.items()
-    }
+    short = _short(pairs, most)
     sizes = Counter(pair.document for found in short.values() for pair in found)
     if isinstance(test, Mapping):
-        tested = {direction: list(found) for direction, found in test.items()}
+        tested = _short(test, most)
         for_tuning, rest = (set(sizes), set()) if tuning >= 1 else assign(sizes, [tuning], seed)
     else:
         for_test, for_tuning, rest = assign(sizes, [test, tuning], seed)
@@ -92,6 +93,21 @@ def parts_of(
                 for language, text in sorted(_sides(pair) - seen):
                     texts.setdefault(language, {})[text] = None
     return Parts({name: list(lines) for name, lines in texts.items()}, tuned, tested)
+
+
+def _short(pairs: Mapping[str, Sequence[Pair]], most: int) -> dict[str, list[Pair]]:
+    return {
+        direction: [p for p in found if max(len(p.source), len(p.target)) <= most]
+        for direction, found in pairs.items()
+    }
+
+
+def held_lines(parts: Parts) -> dict[str, set[str]]:
+    """Give, by language and folded, the lines of the pairs: of the test, and to learn from."""
+    found: dict[str, set[str]] = {}
+    for language, text in _lines_of(parts.test) | _lines_of(parts.tuning):
+        found.setdefault(language, set()).add(mixture.folded(text))
+    return found
 
 
 def without_canary(pairs: Sequence[Pair]) -> list[Pair]:
@@ -206,15 +222,29 @@ def prompt(pair: Pair) -> str:
     return f"Translate this from {one} to {other}:\n{translation.prompt(pair)}"
 
 
-def pair_row(pair: Pair, tokenizer: Any, max_length: int) -> Encoded:
+def pair_row(pair: Pair, tokenizer: Any) -> Encoded:
     """Give the tokens of a prompt and, learnt alone, of its translation and the end after it."""
     example = Example(prompt(pair), f" {pair.target}", pair.document, raw=True)
-    return data.encode(example, tokenizer, max_length)
+    return data.encode(example, tokenizer, sys.maxsize)
 
 
-def text_row(text: str, tokenizer: Any, max_length: int) -> Encoded:
+def text_row(text: str, tokenizer: Any) -> Encoded:
     """Give the tokens of a text as they stand in a block: after a beginning, or another's end."""
-    ids = document_ids(tokenizer, text)[:max_length]
+    ids = document_ids(tokenizer, text)
     if ids[0] == tokenizer.bos_token_id:
         return Encoded(ids[:1], ids[1:])
     return Encoded([tokenizer.eos_token_id], ids)
+
+
+def fitting(
+    row: Callable[[T, Any], Encoded], items: Iterable[T], tokenizers: Sequence[Any], most: int
+) -> list[T]:
+    """Give the items whose row has at most `most` tokens by every tokenizer; none is ever cut.
+
+    So models of different vocabularies learn and are measured on the same.
+    """
+    return [
+        item
+        for item in items
+        if all(sum(map(len, row(item, tokenizer))) <= most for tokenizer in tokenizers)
+    ]

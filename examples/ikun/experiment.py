@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ RUNS = {
     "C": Run(first="road"),
     "CV": Run(vocabulary=True, first="road"),
     "C-same": Run(first="road", second="same"),
+    "S-full": Run(second="full"),
+    "S+-full": Run(second="full", longer=True),
     "C-full": Run(first="full", second="full"),
     "CV-full": Run(vocabulary=True, first="full", second="full"),
     "C-apiq": Run(first="road", second="apiq"),
@@ -61,31 +63,45 @@ class Work:
     folder: Path
     parts: corpus.Parts
     texts: Mapping[str, Any]  # of the first stage, by language
+    met: Mapping[str, set[str]]  # lines of the pairs that were left out of texts, by language
     tokenizer: Any
     extension: vocabulary.Extension | None
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        return [self.tokenizer, *([self.extension.tokenizer] if self.extension else [])]
+
+    @cached_property
+    def measured(self) -> measure.Measured:
+        return measure.measured(self)
 
     def known(self, run: Run) -> Any:
         return self.extension.tokenizer if run.vocabulary and self.extension else self.tokenizer
 
 
-def read(given: Any) -> tuple[corpus.Parts, dict[str, Any]]:
-    """Give the parts of the data, and the texts of the first stage."""
+def read(given: Any) -> tuple[corpus.Parts, dict[str, Any], dict[str, set[str]]]:
+    """Give the parts of the data, the texts of the first stage, and lines left out of these.
 
+    Texts of their own lose the lines of the pairs, which are noted by language as they are met.
+    """
     test = directions([given.test_data], given) if given.test_data else given.test_share
     found = corpus.parts_of(
         directions(given.data, given), given.tuning_share, test, 0, given.max_characters
     )
     languages = sorted({code for name in given.directions for code in name.split("-")})
-    if given.monolingual:
-        where, subset = given.monolingual, given.monolingual_subset
-        return found, mixture.monolingual(where, subset, languages, 0)
-    for name in (*languages, *given.directions):
-        if not (found.texts.get(name) or found.tuning.get(name)) or not found.test.get(name, [1]):
-            raise UserError(
-                f"no text is left for {name}; give more data, larger --max-characters, or texts"
-                " with --monolingual"
-            )
-    return found, dict(found.texts)
+    needed = {} if given.monolingual else {name: found.texts.get(name) for name in languages}
+    needed |= {name: found.tuning.get(name) and found.test.get(name) for name in given.directions}
+    if missing := [name for name, some in needed.items() if not some]:
+        raise UserError(
+            f"no text is left for {missing[0]}; give more data, larger --max-characters, or texts"
+            " with --monolingual"
+        )
+    if not given.monolingual:
+        return found, dict(found.texts), {}
+    texts = mixture.monolingual(given.monolingual, given.monolingual_subset, languages, 0)
+    held, met = corpus.held_lines(found), {name: set[str]() for name in languages}
+    apart = {name: mixture.without(own, held[name], met[name]) for name, own in texts.items()}
+    return found, apart, met
 
 
 def directions(places: Sequence[str], given: Any) -> dict[str, list[Pair]]:
@@ -173,9 +189,14 @@ def rate(given: Any, method: str) -> float:
     return {"full": given.full_rate, "apiq": given.lora_rate}.get(method, given.road_rate)
 
 
+def dtype(work: Work, run: Run) -> str:
+    """Give the type that a run's weights have: a step on 16 bits would round to nothing."""
+    return "float32" if "full" in (run.first, run.second) else work.given.dtype
+
+
 def base_model(work: Work, run: Run) -> Any:
     """Load the model, with rows for the new pieces where the run has them."""
-    model = models.load(work.given.model, work.given.dtype)[0].to(work.accelerator.device)
+    model = models.load(work.given.model, dtype(work, run))[0].to(work.accelerator.device)
     if run.vocabulary and work.extension:
         vocabulary.extend_model(model, work.extension)
     return model
@@ -185,6 +206,7 @@ def first_stage(work: Work, run: Run, seed: int) -> Path:
     """Train the first stage, unless it is there already; give its folder."""
     kind = f"{run.first}{'-vocabulary' if run.vocabulary else ''}"
     folder, given = work.folder / f"first-{kind}-{seed}", work.given
+    saved = work.folder / f"{folder.name}-unfinished.safetensors"
     if (folder / "stage.json").exists():
         return folder
     set_seed(seed)
@@ -195,16 +217,19 @@ def first_stage(work: Work, run: Run, seed: int) -> Path:
     steps = first_steps(work, documents)
     how = training(work, steps, rate(given, run.first or ""), given.batch_size, seed)
     collate = partial(corpus.block_batch, within=given.attention == "within")
+    said = f"first, {kind} {seed}"
     losses = stages.train(
-        work.accelerator, adapted, documents, collate, how, given.row_rate, f"first, {kind} {seed}"
+        work.accelerator, adapted, documents, collate, how, given.row_rate, said, saved
     )
     found = {
         "steps": steps,
         "last_loss": losses[-1],
+        "left_out": sum(map(len, work.met.values())),
         "texts": measure.text_bits(work, adapted, tokenizer),
     }
     if work.accelerator.is_main_process:
         stages.keep(adapted, folder, found)
+        saved.unlink(missing_ok=True)
     work.accelerator.wait_for_everyone()
     return folder
 
@@ -213,17 +238,18 @@ def second_stage(work: Work, name: str, seed: int) -> dict[str, Any]:
     """Do a run, or read what it found before; everything it needs is done before it."""
     run, given = RUNS[name], work.given
     file = work.folder / f"{name}-{seed}.json"
+    saved = work.folder / f"{name}-{seed}-unfinished.safetensors"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    set_seed(seed)
+    folder = first_stage(work, run, seed) if run.first else None
+    set_seed(seed)  # the same whether the first stage was there already or not
     tokenizer, model, first, moved = work.known(run), base_model(work, run), None, 0.0
-    pairs = drawn(work, seed)
-    rows = [corpus.pair_row(pair, tokenizer, given.max_length) for pair in pairs]
+    pairs, left_out = drawn(work, seed)
+    rows = [corpus.pair_row(pair, tokenizer) for pair in pairs]
     probe = loop.to(data.collate(rows[:2], tokenizer.pad_token_id), work.accelerator.device)
-    if run.first:
-        folder = first_stage(work, run, seed)
+    if folder:
         first = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-        model = stages.restore(model, folder, given.dtype).to(work.accelerator.device)
+        model = stages.restore(model, folder, dtype(work, run)).to(work.accelerator.device)
         if run.second != "same":
             model, moved = stages.merged(model, probe)
     if run.second == "apiq":
@@ -236,33 +262,45 @@ def second_stage(work: Work, name: str, seed: int) -> dict[str, Any]:
     how = training(work, steps, rate(given, run.second), given.second_batch_size, seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     collate, said = partial(data.collate, pad=tokenizer.pad_token_id), f"{name} {seed}"
-    stages.train(work.accelerator, model, rows, collate, how, given.row_rate, said)
+    stages.train(work.accelerator, model, rows, collate, how, given.row_rate, said, saved)
     if run.second in ("road", "same"):
         model, again = stages.merged(model, probe)
         moved = max(moved, again)
+    if run.second == "full":
+        model = model.to(getattr(torch, given.dtype))  # translates as the others do
     found = {
         "run": name,
         "seed": seed,
         "first": first,
         "steps": steps,
+        "left_out": left_out,
         "trained_parameters": trained,
         "merge_difference": moved,
         **measure.tested(work, model, tokenizer),
     }
     if work.accelerator.is_main_process:
         report.write_json(file, found)
+        saved.unlink(missing_ok=True)
     work.accelerator.wait_for_everyone()
     return found
 
 
-def drawn(work: Work, seed: int) -> list[Pair]:
-    """Give the pairs to learn from: of each direction as many, in an order of the seed."""
+def drawn(work: Work, seed: int) -> tuple[list[Pair], int]:
+    """Give the pairs to learn from: of each direction as many, in an order of the seed.
+
+    Those that do not fit into `max_length` in every vocabulary are left out, and counted.
+    """
     given, chance, found = work.given, random.Random(seed), []
     for pairs in work.parts.tuning.values():
         lines = corpus.join_lines(pairs, given.lines) if given.lines > 1 else pairs
         found += chance.sample(lines, min(len(lines), given.tuning_pairs))
     chance.shuffle(found)
-    return found
+    fit = corpus.fitting(corpus.pair_row, found, work.tokenizers, given.max_length)
+    if not fit:
+        raise UserError(
+            f"no pair to learn from fits into {given.max_length} tokens; give a larger --max-length"
+        )
+    return fit, len(found) - len(fit)
 
 
 def samples(work: Work, run: Run, seed: int) -> torch.Tensor:

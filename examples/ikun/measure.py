@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import corpus
 import health
+import torch
 import vocabulary
 
-from recipes_peft import translation
+from recipes_peft import models, translation
+from recipes_peft.errors import UserError
 from recipes_peft.parallel import Pair
 
 # what BLEU cuts into words by other means than spaces; signs where the words' package is missing
@@ -45,32 +48,83 @@ def ratios(tokenizer: Any, lines: Mapping[str, tuple[list[str], list[str]]]) -> 
     return {"en": 1.0, **found}
 
 
+def vocabulary_checks(work: Any, extension: vocabulary.Extension, model: Any) -> dict[str, Any]:
+    """Measure what A1 promises, on the test's text."""
+    base, new = work.tokenizer, extension.tokenizer
+    lines = aligned(work.parts, "test")
+    if not lines:
+        raise UserError("length ratios need English; give a direction that has it, en-ru")
+    everything = [t for ps in work.parts.test.values() for p in ps for t in (p.source, p.target)]
+    english = list(dict.fromkeys(text for sides in lines.values() for text in sides[1]))
+    plain = max(english, key=lambda t: (base(t).input_ids == new(t).input_ids, len(t)))
+    ids, rows = torch.tensor([base(plain).input_ids]), extension.ids[0]
+    before = vocabulary.logits_of(model, ids, rows)
+    longer = vocabulary.extend_model(models.load(work.given.model, work.given.dtype)[0], extension)
+    return {
+        "pieces": len(extension.ids),
+        "ratios": ratios(base, lines),
+        "new_ratios": ratios(new, lines),
+        "english_tokens": sum(vocabulary.lengths(base, english)),
+        "new_english_tokens": sum(vocabulary.lengths(new, english)),
+        "lossless": vocabulary.lossless(new, everything),
+        "expands_to_base": vocabulary.expands_to_base(extension, base, everything),
+        "logit_change": vocabulary.change(before, vocabulary.logits_of(longer, ids, rows)),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What bits per character are measured on, the same for all runs: nothing of it is cut."""
+
+    pairs: dict[str, list[Pair]]  # by direction
+    lines: dict[str, list[str]]  # by language
+    left_out: int  # pairs and lines that do not fit
+
+
+def measured(work: Any) -> Measured:
+    """Give the pairs and lines of the test that fit into `max_length` in every vocabulary.
+
+    Raises:
+        UserError: none of a direction or language does.
+    """
+    given = work.given
+    pairs = {name: some[: given.test_pairs] for name, some in work.parts.test.items()}
+    lines: dict[str, dict[str, None]] = {}
+    for pair in (pair for some in pairs.values() for pair in some):
+        lines.setdefault(pair.source_language, {})[pair.source] = None
+        lines.setdefault(pair.target_language, {})[pair.target] = None
+    sizes = work.tokenizers, given.max_length
+    fit = {name: corpus.fitting(corpus.pair_row, some, *sizes) for name, some in pairs.items()}
+    own = {name: corpus.fitting(corpus.text_row, some, *sizes) for name, some in lines.items()}
+    if none := [name for name, some in {**fit, **own}.items() if not some]:
+        raise UserError(
+            f"no line of the test of {none[0]} fits into {given.max_length} tokens; give a larger"
+            " --max-length"
+        )
+    counts = [sum(map(len, found.values())) for found in (pairs, lines, fit, own)]
+    return Measured(fit, own, counts[0] + counts[1] - counts[2] - counts[3])
+
+
 def text_bits(work: Any, model: Any, tokenizer: Any) -> dict[str, float]:
     """Give the bits per character of the test's lines as plain text, by language."""
-    lines: dict[str, dict[str, None]] = {}
-    for pairs in work.parts.test.values():
-        for pair in pairs[: work.given.test_pairs]:
-            lines.setdefault(pair.source_language, {})[pair.source] = None
-            lines.setdefault(pair.target_language, {})[pair.target] = None
-    given = work.given
     groups = {
-        name: [(corpus.text_row(text, tokenizer, given.max_length), text) for text in texts]
-        for name, texts in lines.items()
+        name: [(corpus.text_row(text, tokenizer), text) for text in texts]
+        for name, texts in work.measured.lines.items()
     }
-    return health.measured(model, groups, given.micro_batch_size, tokenizer.pad_token_id)
+    return health.measured(model, groups, work.given.micro_batch_size, tokenizer.pad_token_id)
 
 
 def tested(work: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Measure a translator: bits per character of the references, scores and lengths."""
     given, size = work.given, work.given.micro_batch_size
-    test = {name: pairs[: given.test_pairs] for name, pairs in work.parts.test.items()}
     groups = {
-        name: [(corpus.pair_row(p, tokenizer, given.max_length), p.target) for p in pairs]
-        for name, pairs in test.items()
+        name: [(corpus.pair_row(p, tokenizer), p.target) for p in pairs]
+        for name, pairs in work.measured.pairs.items()
     }
     bits = health.measured(model, groups, size, tokenizer.pad_token_id)
     ratio, guess = ratios(tokenizer, aligned(work.parts, "tuning")), health.Guess(guessable(work))
-    wanted = [pair for pairs in test.values() for pair in pairs[: given.translated]]
+    some = min(given.test_pairs, given.translated)
+    wanted = [pair for pairs in work.parts.test.values() for pair in pairs[:some]]
     caps = [
         health.token_cap(
             vocabulary.lengths(tokenizer, [p.source])[0],
@@ -86,13 +140,16 @@ def tested(work: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
         model, tokenizer, prompts, caps, given.translated_batch, given.beams
     )
     found: dict[str, Any] = {}
-    for name in test:
+    for name in work.parts.test:
         rows = [
             i for i, p in enumerate(wanted) if f"{p.source_language}-{p.target_language}" == name
         ]
         found[name] = judged(
             [wanted[i] for i in rows], [outputs[i] for i in rows], [cut[i] for i in rows], guess
         )
+        if given.comet:
+            sides = (found[name][key] for key in ("sources", "outputs", "references"))
+            found[name]["comet"] = translation.comet(Path(given.comet), *sides)
     return {"bits": bits, "translations": found}
 
 

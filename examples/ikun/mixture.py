@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -85,6 +85,36 @@ def monolingual(where: str, subset: str, languages: Sequence[str], seed: int) ->
             )
         streams[name] = _Column(stream.shuffle(seed=seed, buffer_size=1000))
     return streams
+
+
+def folded(line: str) -> str:
+    """Give a line in small letters, with single spaces."""
+    return " ".join(line.lower().split())
+
+
+def without(texts: Iterable[str], lines: Set[str], met: set[str]) -> list[str] | Iterable[str]:
+    """Leave lines, given folded, out of texts, and add those that were there to `met`.
+
+    A list is read at once and gives a list; a stream is filtered as it is read.
+    """
+    kept = _Without(texts, lines, met)
+    return list(kept) if isinstance(texts, list) else kept
+
+
+@dataclass(frozen=True)
+class _Without:
+    """Texts without some of their lines, from the beginning every time they are asked for."""
+
+    texts: Iterable[str]
+    lines: Set[str]
+    met: set[str]
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            found = [(line, folded(line)) for line in text.split("\n")]
+            self.met.update(same for _, same in found if same in self.lines)
+            if kept := [line for line, same in found if same not in self.lines]:
+                yield "\n".join(kept)
 
 
 @dataclass(frozen=True)

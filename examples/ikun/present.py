@@ -24,8 +24,30 @@ def table(file: Path, rows: Sequence[dict[str, str]]) -> None:
     report.write(file, text.getvalue().encode())
 
 
+LEFT_OUT = {
+    "test": "pairs and lines of the test are not measured: they are longer than --max-length",
+    "pairs": "pairs to learn from are left out: they are longer than --max-length",
+    "texts": "lines are left out of the texts: they stand in the test or in the pairs",
+}
+
+
+def left_out(test: int, found: Any) -> dict[str, int]:
+    """Show what could not be used, if anything; give how much, of runs the most."""
+    runs = [run for runs in found.values() for run in runs.values()]
+    counts = {
+        "test": test,
+        "pairs": max(run["left_out"] for run in runs),
+        "texts": max((run["first"]["left_out"] for run in runs if run["first"]), default=0),
+    }
+    for what, count in counts.items():
+        if count:
+            print(f"{count:,} {LEFT_OUT[what]}")
+    return counts
+
+
 def row(name: str, seed: int, run: Any) -> dict[str, str]:
     translations = run["translations"].values()
+    comet = [t["comet"] for t in translations if "comet" in t]
     return {
         "run": name,
         "seed": str(seed),
@@ -34,6 +56,7 @@ def row(name: str, seed: int, run: Any) -> dict[str, str]:
         "bits/char": f"{mean(run['bits'].values()):.3f}",
         "chrF++": f"{mean(t['chrf'] for t in translations):.1f}",
         "BLEU": f"{mean(t['bleu'] for t in translations):.1f}",
+        **({"COMET": f"{mean(comet):.4f}"} if comet else {}),
         "at cap": f"{mean(t['at_cap'] for t in translations):.0%}",
         "other language": f"{mean(t['off_target'] for t in translations):.0%}",
     }

@@ -14,6 +14,14 @@ RATIO_FALL, ENGLISH_CHANGE, LOGITS = 0.25, 0.01, 1e-5
 TEXT_FALL, ENGLISH_RISE = 0.05, 0.03
 GAIN, SEEDS = 0.02, 2 / 3
 LENGTH, OFF_TARGET = 0.15, 0.02
+# runs of two stages, the first that there is being judged: what it is compared with, the second
+# with as many steps as both stages
+TWO_STAGES = {
+    "C": ("S", "S+"),
+    "C-full": ("S-full", "S+-full"),
+    "CV-full": ("S-full", "S+-full"),
+    "CV": ("S", "S+"),
+}
 MERGED = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # of the largest logit
 
 
@@ -46,34 +54,51 @@ def texts(base: Mapping[str, float], found: Found) -> dict[str, bool]:
     return kept
 
 
-def two_stages(found: Found) -> dict[str, bool]:
-    """A3: the first stage helps translation, and more than as many further steps of the second."""
-    kept = {}
-    seeds = [seed for seed in found.get("C", {}) if {"S", "S+"} <= _having(found, seed)]
-    for other in ("S", "S+"):
-        wins = [_bits(found["C"][seed]) <= (1 - GAIN) * _bits(found[other][seed]) for seed in seeds]
+def judged(found: Found) -> str | None:
+    """Name the run whose two stages are judged: C, or what stands in its place."""
+    return next((name for name in TWO_STAGES if name in found), None)
+
+
+def two_stages(found: Found) -> dict[str, bool | None]:
+    """A3: the first stage helps translation, and more than as many further steps of the second.
+
+    What cannot be judged is None, and its name says which run is missing.
+    """
+    name = judged(found)
+    if name is None:
+        return {f"A3 is not judged: there is no run {', '.join(TWO_STAGES)}": None}
+    kept: dict[str, bool | None] = {}
+    for other in TWO_STAGES[name]:
+        promise = f"A3 {name} below {other} by 2 % in two of three seeds"
+        seeds = sorted(set(found[name]) & set(found.get(other, ())))
+        wins = [_bits(found[name][s]) <= (1 - GAIN) * _bits(found[other][s]) for s in seeds]
         if wins:
-            promise = f"A3 C below {other} by 2 % in two of three seeds"
             kept[promise] = sum(wins) >= SEEDS * len(wins) - 1e-9
+        else:
+            kept[f"{promise}: there is no run {other}"] = None
+    promise = f"A3 chrF of {name} is that of {other} or better"
     if seeds:
-        chrf = {name: mean(_chrf(found[name][seed]) for seed in seeds) for name in ("C", "S+")}
-        kept["A3 chrF of C is that of S+ or better"] = chrf["C"] >= chrf["S+"]
+        chrf = {run: mean(_chrf(found[run][seed]) for seed in seeds) for run in (name, other)}
+        kept[promise] = chrf[name] >= chrf[other]
+    else:
+        kept[f"{promise}: there is no run {other}"] = None
     return kept
 
 
-def healthy(found: Found, off_target: bool) -> dict[str, bool]:
-    """A4: outputs of C are as long as references in every bucket; on large models, in language."""
-    runs = list(found.get("C", {}).values())
-    if not runs:
-        return {}
-    kept = {
-        "A4 lengths within 15 % of the references' in every bucket": all(
+def healthy(found: Found, off_target: bool) -> dict[str, bool | None]:
+    """A4: outputs are as long as references in every bucket; on large models, in language."""
+    name = judged(found)
+    if name is None:
+        return {f"A4 is not judged: there is no run {', '.join(TWO_STAGES)}": None}
+    runs, which = list(found[name].values()), "A4" if name == "C" else f"A4 {name}:"
+    kept: dict[str, bool | None] = {
+        f"{which} lengths within 15 % of the references' in every bucket": all(
             abs(bucket.off) <= LENGTH for bucket in buckets(runs)
         )
     }
     if off_target:
         shares = [t["off_target"] for run in runs for t in run["translations"].values()]
-        kept["A4 2 % or fewer in another language"] = mean(shares) <= OFF_TARGET
+        kept[f"{which} 2 % or fewer in another language"] = mean(shares) <= OFF_TARGET
     return kept
 
 
@@ -88,10 +113,6 @@ def buckets(runs: Any) -> list[health.Bucket]:
     rows = [t for run in runs for t in run["translations"].values()]
     sides = ([line for t in rows for line in t[k]] for k in ("sources", "outputs", "references"))
     return health.length_health(*sides)
-
-
-def _having(found: Found, seed: int) -> set[str]:
-    return {name for name, runs in found.items() if seed in runs}
 
 
 def _bits(run: Mapping[str, Any]) -> float:

@@ -19,8 +19,6 @@ import experiment
 import measure
 import present
 import promises
-import torch
-import vocabulary
 from accelerate import Accelerator
 from experiment import RUNS
 
@@ -91,6 +89,7 @@ class Settings:
     calibration_samples: int
     calibration_length: int
     dtype: str
+    comet: str | None = field(metadata={"help": "a checkpoint of COMET on this machine"})
 
     def __post_init__(self) -> None:
         choices = {"runs": RUNS, "once": RUNS, "attention": ("across", "within")}
@@ -106,19 +105,22 @@ def main() -> int:
     )
     settings = {k: v for k, v in asdict(given).items() if k not in LATER}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    out, accelerator = Path(given.out), Accelerator()
+    out = Path(given.out)
+    with errors.explained(ValueError, before=f"dtype {given.dtype}: "):
+        mixed = "bf16" if given.dtype == "bfloat16" else None  # where weights are float32
+        accelerator = Accelerator(mixed_precision=mixed)
     folder = out / f"runs-{digest}"  # other settings are other runs
     with errors.explained(OSError, before="cannot write the results: ", after="; choose --out"):
         folder.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():  # it fetches what the others then find
-        parts, texts = experiment.read(given)
+        parts, texts, met = experiment.read(given)
         model, tokenizer = models.load(given.model, given.dtype)
         named = [*given.runs, *given.once]
         extension = None
         if any(RUNS[name].vocabulary for name in named):
             extension = experiment.extended(given, folder, texts, parts, tokenizer)
-    work = experiment.Work(given, accelerator, folder, parts, texts, tokenizer, extension)
-    checks = check_vocabulary(work, extension, model) if extension else {}
+    work = experiment.Work(given, accelerator, folder, parts, texts, met, tokenizer, extension)
+    checks = measure.vocabulary_checks(work, extension, model) if extension else {}
     base = measure.text_bits(work, model.to(accelerator.device), tokenizer)
     del model
     found: dict[str, dict[int, Any]] = {}
@@ -126,38 +128,13 @@ def main() -> int:
         for name in named if seed == 0 else given.runs:
             found.setdefault(name, {})[seed] = experiment.second_stage(work, name, seed)
     if accelerator.is_main_process:
-        conclude(given, out, base, checks, found)
+        conclude(work, out, base, checks, found)
     return 0
 
 
-def check_vocabulary(
-    work: experiment.Work, extension: vocabulary.Extension, model: Any
-) -> dict[str, Any]:
-    """Measure what A1 promises, on the test's text."""
-    base, new = work.tokenizer, extension.tokenizer
-    lines = measure.aligned(work.parts, "test")
-    if not lines:
-        raise errors.UserError("length ratios need English; give a direction that has it, en-ru")
-    everything = [t for ps in work.parts.test.values() for p in ps for t in (p.source, p.target)]
-    english = list(dict.fromkeys(text for sides in lines.values() for text in sides[1]))
-    plain = max(english, key=lambda t: (base(t).input_ids == new(t).input_ids, len(t)))
-    ids, rows = torch.tensor([base(plain).input_ids]), extension.ids[0]
-    before = vocabulary.logits_of(model, ids, rows)
-    longer = vocabulary.extend_model(models.load(work.given.model, work.given.dtype)[0], extension)
-    return {
-        "pieces": len(extension.ids),
-        "ratios": measure.ratios(base, lines),
-        "new_ratios": measure.ratios(new, lines),
-        "english_tokens": sum(vocabulary.lengths(base, english)),
-        "new_english_tokens": sum(vocabulary.lengths(new, english)),
-        "lossless": vocabulary.lossless(new, everything),
-        "expands_to_base": vocabulary.expands_to_base(extension, base, everything),
-        "logit_change": vocabulary.change(before, vocabulary.logits_of(longer, ids, rows)),
-    }
-
-
-def conclude(given: Settings, out: Path, base: Any, checks: Any, found: Any) -> None:
+def conclude(work: experiment.Work, out: Path, base: Any, checks: Any, found: Any) -> None:
     """Show the tables and what was promised, and write all of it to the folder."""
+    given = work.given
     rows = [
         present.row(name, seed, run) for name, runs in found.items() for seed, run in runs.items()
     ]
@@ -172,7 +149,8 @@ def conclude(given: Settings, out: Path, base: Any, checks: Any, found: Any) -> 
         found, given.dtype
     )
     for promise, met in kept.items():
-        print(f"{'yes' if met else 'NO '}  {promise}")
+        print(f"{'---' if met is None else 'yes' if met else 'NO '}  {promise}")
+    left_out = present.left_out(work.measured.left_out, found)
     lengths = {n: [asdict(b) for b in promises.buckets(r.values())] for n, r in found.items()}
     report.write_json(
         out / "results.json",
@@ -181,6 +159,7 @@ def conclude(given: Settings, out: Path, base: Any, checks: Any, found: Any) -> 
             "promises": kept,
             "vocabulary": checks,
             "base": {"texts": base},
+            "left_out": left_out,
             "lengths": lengths,
             "runs": found,
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from apiq_peft import ApiQConfig, preset, quantize
 from apiq_peft.export import save_whole
 from recipes_peft import adapters, loop, models
+from recipes_peft.checkpoint import EVERY, Checkpoint
 from recipes_peft.errors import UserError, explained
 from road_peft import RoadConfig
 
@@ -69,11 +71,16 @@ def train(
     how: loop.Training,
     row_rate: float,
     name: str,
+    saved: Path | None = None,
+    save_every: float = EVERY,
 ) -> list[float]:
     """Train what has a gradient on rows in the order given; give the loss of every step.
 
     Rows of new pieces learn at `row_rate`. Of several processes each takes every so many-th row. A
     `rows` that can be read again is, until all steps are done.
+
+    A file `saved` is written after a step if `save_every` seconds have gone by, and is the
+    caller's to delete. If it is there already, training goes on from it, with the same numbers.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -91,8 +98,19 @@ def train(
     pieces = max(1, how.batch_size // (micro * processes))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     source = islice(_endless(rows), accelerator.process_index, None, processes)
-    losses: list[float] = []
-    bar = tqdm(range(how.steps), desc=name, disable=not accelerator.is_main_process)
+    what = {"name": name, "row_rate": row_rate, "processes": processes, **asdict(how)}
+    state = Checkpoint(accelerator, dict(named), optimizer, plan, what, saved, save_every)
+    if state.resume():
+        for _ in islice(source, len(state.points) * pieces * micro):
+            pass  # so that the next row is the one that was next
+    losses: list[float] = state.points
+    bar = tqdm(
+        range(len(losses), how.steps),
+        desc=name,
+        disable=not accelerator.is_main_process,
+        initial=len(losses),
+        total=how.steps,
+    )
     wrapped.train()
     for _ in bar:
         total = 0.0
@@ -106,7 +124,9 @@ def train(
         plan.step()
         optimizer.zero_grad()
         losses.append(total)
+        state.save_if_due()
         bar.set_postfix_str(f"loss {sum(losses[-8:]) / len(losses[-8:]):.3f}")
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # mixed precision ends here
     accelerator.free_memory()  # else it holds every model it has ever trained
     return losses
 

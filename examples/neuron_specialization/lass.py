@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from masking import Table, load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,19 +46,32 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def find(
-    model: Any, tasks: Iterable[str], pruned: float, adapt: Callable[[str], None]
+    model: Any,
+    tasks: Iterable[str],
+    pruned: float,
+    adapt: Callable[[str], None],
+    folder: Path,
+    main: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Give the masks of every task; `adapt` trains the model on one of them.
 
-    The model is as before at the end.
+    The masks of a task are kept in the folder, and not searched again where they are there; of
+    several processes the `main` one writes them. The model is as before at the end.
     """
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    layers = block_linears(model)
     masks = {}
     for task in tasks:
+        file = folder / f"{task}.safetensors"
+        if file.exists():
+            kept = load(file).layers
+            masks[task] = {n: kept[n].view_as(layer.weight) for n, layer in layers.items()}
+            continue
         adapt(task)
-        layers = block_linears(model)
         masks[task] = {name: largest(layer.weight, pruned) for name, layer in layers.items()}
         model.load_state_dict(before)
+        if main:
+            save(Table((task,), {n: keep.flatten()[None] for n, keep in masks[task].items()}), file)
     return masks
 
 

@@ -64,11 +64,18 @@ class Start:
         ]
 
     def fit(
-        self, model: Any, rows: Rows, how: Training, name: str, active: Active, extra: Extra
+        self,
+        model: Any,
+        rows: Rows,
+        how: Training,
+        name: str,
+        active: Active,
+        extra: Extra,
+        saved: Path | None = None,
     ) -> list[Point]:
-        """Train a model on rows, as the settings say."""
+        """Train a model on rows, as the settings say; `saved` is where a long one goes on from."""
         return translator.train(
-            self.accelerator, model, rows, self.validated, how, name, active, extra
+            self.accelerator, model, rows, self.validated, how, name, active, extra, saved
         )
 
 
@@ -121,7 +128,8 @@ def _train_base(start: Start) -> None:
     model = translator.make_model(len(start.tokenizer), *shape, given.max_length + 8)
     how = Training.of(given, seed=given.seed)
     model.to(accelerator.device)
-    start.fit(model, start.train, how, "base", arms.dense, arms.no_extra)
+    saved = start.folder / "base-unfinished.safetensors"
+    start.fit(model, start.train, how, "base", arms.dense, arms.no_extra, saved)
     if accelerator.is_main_process:
 
         def write(part: Path) -> None:
@@ -129,4 +137,5 @@ def _train_base(start: Start) -> None:
             start.tokenizer.save_pretrained(part)
 
         save_whole(start.folder / "base", write)
+        saved.unlink(missing_ok=True)
     accelerator.wait_for_everyone()

@@ -93,10 +93,11 @@ def present(
     given: Settings, out: Path, tasks: Sequence[Task], runs: Runs, found: Mapping[str, Any]
 ) -> None:
     """Show the table and what was promised, and write everything to the folder."""
-    rows = [_row("base", [{"scores": found["base"], "trained": 0, "seconds": 0.0}], tasks)]
-    rows += [_row(arm, results, tasks) for arm, results in runs.items()]
-    columns = ["", "trained", "seeds", "loss/char"]
-    columns += ["chrF++ from", "to", "all", "BLEU", "min"]
+    ends = {"bleu": 2, **({"comet": 4} if given.comet else {})}  # metrics, with their digits
+    base = {"scores": found["base"], "trained": 0, "seconds": 0.0}
+    rows = [_row(arm, some, tasks, ends) for arm, some in {"base": [base], **runs}.items()]
+    columns = ["", "trained", "seeds", "loss/char", "chrF++ from", "to", "all"]
+    columns += [*(metric.upper() for metric in ends), "min"]
     report.show(f"{len(tasks)} directions, {given.data}, masks of k = {_ks(given)}", columns, rows)
     modular = overlaps.promised(found["modularity"], len(given.languages))
     method = promised(runs, tasks)
@@ -107,13 +108,15 @@ def present(
     print(sentence)
     content = {"settings": asdict(given), "promises": promises, "verdict": sentence, **found}
     report.write_json(out / "results.json", {**content, "runs": runs})
-    _write_scores(out / "scores.csv", runs)
+    _write_scores(out / "scores.csv", runs, [*METRICS, *(["comet"] if given.comet else [])])
     curves = {arm: [Point(**p) for p in results[0]["curve"]] for arm, results in runs.items()}
     report.curves(out, found["base_loss"], curves)
     print(f"results.json, scores.csv, overlap.csv, sparsity.csv, curves and heat maps are in {out}")
 
 
-def _row(arm: str, runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> list[str]:
+def _row(
+    arm: str, runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task], ends: Mapping[str, int]
+) -> list[str]:
     def both(metric: str, kind: str, digits: int) -> str:
         values = [mean(run, metric, tasks, kind) for run in runs]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -121,8 +124,8 @@ def _row(arm: str, runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> 
 
     minutes = statistics.mean(run["seconds"] for run in runs) / 60
     scores = [both("nll", "", 4), *(both("chrf", kind, 2) for kind in ("from", "to", ""))]
-    ends = [both("bleu", "", 2), f"{minutes:.1f}"]
-    return [arm, f"{runs[0]['trained']:,}", str(len(runs)), *scores, *ends]
+    scores += [both(metric, "", digits) for metric, digits in ends.items()]
+    return [arm, f"{runs[0]['trained']:,}", str(len(runs)), *scores, f"{minutes:.1f}"]
 
 
 def _ks(given: Settings) -> str:
@@ -130,12 +133,12 @@ def _ks(given: Settings) -> str:
     return ", ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def _write_scores(path: Path, runs: Runs) -> None:
+def _write_scores(path: Path, runs: Runs, metrics: Sequence[str]) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["arm", "seed", "task", *METRICS])
+    lines.writerow(["arm", "seed", "task", *metrics])
     for arm, results in runs.items():
         for seed, run in enumerate(results):
             for task, scores in run["scores"].items():
-                lines.writerow([arm, seed, task, *(f"{scores[m]:.5f}" for m in METRICS)])
+                lines.writerow([arm, seed, task, *(f"{scores[m]:.5f}" for m in metrics)])
     report.write(path, text.getvalue().encode())

@@ -8,9 +8,10 @@ with random masks, with masks of other tasks, and with adapters.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def run_arm(start: Start, arm: str, seed: int, reference: Table, file: Path) -> 
     model is counted on that model.
     """
     given, tasks, accelerator = start.given, list(start.train), start.accelerator
+    saved = file.with_name(f"{file.stem}-unfinished.safetensors")
     tuner, kind = arms.parse(arm)
     set_seed(given.seed + seed)
     model = start.model()
@@ -94,7 +96,7 @@ def run_arm(start: Start, arm: str, seed: int, reference: Table, file: Path) -> 
     tuned.model.to(accelerator.device)
     keep, weights, similar = None, None, None
     if kind == "lass":
-        weights = sub_networks(start, tuned, seed)
+        weights = sub_networks(start, tuned, seed, file.with_suffix(""))
     elif kind != "dense":
         halves = count_halves(start, tuner, tuned)
         keep = (halves[0] + halves[1]).select(given.percent(tasks))
@@ -107,16 +109,20 @@ def run_arm(start: Start, arm: str, seed: int, reference: Table, file: Path) -> 
         learning_rate=tuned.learning_rate,
         seed=given.seed + 1 + seed,
     )
-    began = time.perf_counter()
+    name = f"{arm}, seed {seed}"
     with arms.gated(tuned.model, kind, keep, weights, seed, given.bias) as active:
-        curve = start.fit(tuned.model, start.train, how, f"{arm}, seed {seed}", active, tuned.extra)
+        curve = start.fit(tuned.model, start.train, how, name, active, tuned.extra, saved)
+        began = time.perf_counter()
         scores = measure(start, tuned.model, active, tuned.extra)
+    seconds = curve[-1].seconds + time.perf_counter() - began
     count = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
     if accelerator.is_main_process:
         if seed == 0:
             results.save_model(tuned.model, keep, start.folder / "models" / arm)
-        about = {"trained": count, "same_as_base": similar, "seconds": time.perf_counter() - began}
+        about = {"trained": count, "same_as_base": similar, "seconds": seconds}
         results.keep(file, {**about, "scores": scores, "curve": curve})
+        saved.unlink(missing_ok=True)
+        shutil.rmtree(file.with_suffix(""), ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -139,20 +145,29 @@ def count_halves(start: Start, tuner: str, tuned: Tuned) -> tuple[Table, Table]:
     return found[0], found[1]
 
 
-def sub_networks(start: Start, tuned: Tuned, seed: int) -> Any:
-    """Find the weights that each task keeps for LaSS: train on it alone, prune the smallest."""
+def sub_networks(start: Start, tuned: Tuned, seed: int, folder: Path) -> Any:
+    """Find the weights that each task keeps for LaSS: train on it alone, prune the smallest.
+
+    What is found of a task is kept in the folder until the arm is finished.
+    """
     rows = {task.name: {task: part} for task, part in start.train.items()}
     how = Training.of(start.given, steps=start.given.lass_steps, warmup=1, seed=seed)
     how = replace(how, evaluate_every=how.steps)
+    folder.mkdir(exist_ok=True)
 
     def adapt(name: str) -> None:
+        set_seed(start.given.seed + seed)  # the same whatever was found before
         start.fit(tuned.model, rows[name], how, f"LaSS, {name}", dense, no_extra)
 
-    return lass.find(tuned.model, rows, start.given.pruned, adapt)
+    found = lass.find(
+        tuned.model, rows, start.given.pruned, adapt, folder, start.accelerator.is_main_process
+    )
+    set_seed(start.given.seed + seed)
+    return found
 
 
-def measure(start: Start, model: Any, active: Any, extra: Any) -> dict[str, dict[str, float]]:
-    """Give, for each task, the held-out loss per character of the target, chrF++ and BLEU."""
+def measure(start: Start, model: Any, active: Any, extra: Any) -> dict[str, dict[str, Any]]:
+    """Give, for each task, the held-out loss per character of the target, and scores."""
     given, found = start.given, {}
     for task, rows in start.test.items():
         loss = translator.nll(model, rows, task.name, given.batch_tokens, active, extra)[0]
@@ -160,12 +175,14 @@ def measure(start: Start, model: Any, active: Any, extra: Any) -> dict[str, dict
         shape = (given.beams, given.max_length, max(1, given.batch_tokens // given.max_length))
         texts = translator.translate(model, start.tokenizer, some, task.name, *shape, active, extra)
         tokenize = {"zh": "zh", "ja": "char", "th": "char"}.get(task.target, "13a")
-        scores = translation.score(texts, [row.pair.target for row in some], tokenize)
+        sources, wanted = [r.pair.source for r in some], [r.pair.target for r in some]
         found[task.name] = {
             "nll": loss / sum(len(row.pair.target) for row in rows),
-            "chrf": scores.chrf,
-            "bleu": scores.bleu,
+            **asdict(translation.score(texts, wanted, tokenize)),
         }
+        if given.comet:
+            score = translation.comet(Path(given.comet), sources, texts, wanted)
+            found[task.name]["comet"] = score
     return found
 
 

@@ -75,6 +75,7 @@ class Settings:
     test_rows: int
     translated: int
     beams: int
+    comet: str | None = field(metadata={"help": "a checkpoint of COMET on this machine"})
 
     def __post_init__(self) -> None:
         choices = {

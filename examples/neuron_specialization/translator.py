@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import M2M100Config, M2M100ForConditionalGeneration, get_inverse_sqrt_schedule
 
+from recipes_peft.checkpoint import EVERY, Checkpoint
 from recipes_peft.loop import Point, to
 
 __all__ = ["Training", "batch", "count", "make_model", "nll", "train", "translate"]
@@ -80,25 +82,51 @@ def train(
     name: str,
     active: Active,
     extra: Extra,
+    saved: Path | None = None,
+    save_every: float = EVERY,
 ) -> list[Point]:
     """Train what has a gradient, from a new optimizer; leave the best weights in `model`.
 
     The best are those of the lowest mean loss on the validation rows. Gives the evaluations.
     A step adds up batches of several tasks, each under its own masks; Adam's moments move rows of
     a layer that had no gradient in a step, as in the released code.
+
+    A file `saved` is written at an evaluation if `save_every` seconds have gone by, and is the
+    caller's to delete. If it is there already, training goes on from it; numbers are those of a run
+    in one piece, but for dropout on several processes.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = torch.optim.Adam(parameters, lr=how.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer: Any = torch.optim.Adam(
+        named.values(), lr=how.learning_rate, betas=(0.9, 0.98), eps=1e-6
+    )
     schedule = get_inverse_sqrt_schedule(optimizer, how.warmup)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     source = stream(rows, how.batch_tokens, how.temperature, how.seed)
     pad, start = model.config.pad_token_id, model.config.decoder_start_token_id
     processes, own = accelerator.num_processes, accelerator.process_index
 
+    sizes = {task.name: len(part) for task, part in rows.items()}
+    what = {"name": name, "rows": sizes, "processes": processes, **asdict(how)}
+    state = Checkpoint(accelerator, named, optimizer, schedule, what, saved, save_every)
     points: list[Point] = []
-    best, kept, waited, seconds, losses = math.inf, {}, 0, 0.0, []
-    bar = tqdm(range(1, how.steps + 1), desc=name, disable=not accelerator.is_main_process)
+    losses: list[float] = []
+    done, seconds = 0, 0.0
+    if state.resume():
+        points = [Point(**point) for point in state.points]
+        done, seconds = points[-1].step, points[-1].seconds
+        for _ in range(done * how.accumulation * processes):
+            next(source)  # so that the next batch is the one that was next
+    waited = _since_best(points)
+    bar = tqdm(
+        range(done + 1, how.steps + 1),
+        desc=name,
+        disable=not accelerator.is_main_process,
+        initial=done,
+        total=how.steps,
+    )
     for step in bar:
+        if waited >= how.patience:
+            break
         began = time.perf_counter()
         wrapped.train()
         # all processes draw the same batches and take every one in turn
@@ -127,16 +155,23 @@ def train(
             points.append(Point(step, seconds, trained, found))
             bar.set_postfix_str(f"training {trained:.3f}, validation {found:.3f}")
             losses.clear()
-            waited = 0 if found < best else waited + 1
-            if found < best:
-                best, kept = found, {i: p.detach().clone() for i, p in enumerate(parameters)}
-            if waited >= how.patience:
-                break
-    with torch.no_grad():
-        for i, value in kept.items():
-            parameters[i].copy_(value)
+            state.points.append(asdict(points[-1]))
+            waited = _since_best(points)
+            if not waited:
+                state.keep_best()
+            state.save_if_due()
+    state.take_best()
     accelerator.free_memory()
     return points
+
+
+def _since_best(points: Sequence[Point]) -> int:
+    """Count the evaluations since the first of those of the lowest loss."""
+    best, since = math.inf, 0
+    for point in points:
+        since = 0 if point.held_out_loss < best else since + 1
+        best = min(best, point.held_out_loss)
+    return since
 
 
 def _loss(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:

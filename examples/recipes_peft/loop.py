@@ -7,9 +7,7 @@ be interrupted: it goes on from a file, with the numbers that it would have had.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,14 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from recipes_peft.checkpoint import EVERY, Checkpoint
 from recipes_peft.data import Encoded, batches, collate
-from recipes_peft.errors import UserError, explained
+from recipes_peft.errors import UserError
 from recipes_peft.metrics import exact_match
 
 __all__ = [
@@ -132,7 +129,7 @@ def fit(
     measured: Callable[[], tuple[float, float | None]],
     name: str,
     saved: Path | None = None,
-    save_every: float = 300.0,
+    save_every: float = EVERY,
 ) -> list[Point]:
     """Train on batches that `join` makes of rows, whatever they are; show and return the losses.
 
@@ -168,21 +165,23 @@ def fit(
     pieces = max(1, how.batch_size // (micro * processes))
 
     what = {"name": name, "rows": len(rows), **asdict(how)}
-    state = _State(named, optimizer, schedule, what)
+    state = Checkpoint(accelerator, named, optimizer, schedule, what, saved, save_every)
     source = _again(loader)
-    if saved and saved.exists() and state.load(saved):
+    points: list[Point] = []
+    losses: list[float] = []
+    done, seconds, shown = 0, 0.0, ""
+    if state.resume():
+        points = [Point(**point) for point in state.points]
+        done, seconds = points[-1].step, points[-1].seconds
         random = torch.get_rng_state()
-        for _ in range(state.step * pieces):  # so that the next batch is the one that was next
+        for _ in range(done * pieces):  # so that the next batch is the one that was next
             next(source)
         torch.set_rng_state(random)
-    last_save, shown = time.monotonic(), ""
-    losses: list[float] = []
-    steps = range(state.step + 1, how.steps + 1)
     bar = tqdm(
-        steps,
+        range(done + 1, how.steps + 1),
         desc=name,
         disable=not accelerator.is_main_process,
-        initial=state.step,
+        initial=done,
         total=how.steps,
     )
     for step in bar:
@@ -196,114 +195,29 @@ def fit(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        state.seconds += time.perf_counter() - started
+        seconds += time.perf_counter() - started
         running = losses[-8 * pieces :]
         if step % how.evaluate_every == 0 or step == how.steps:
             found, score = measured()
-            state.add(Point(step, state.seconds, sum(losses) / len(losses), found, score))
+            before = [p.score for p in points if p.score is not None and not math.isnan(p.score)]
+            points.append(Point(step, seconds, sum(losses) / len(losses), found, score))
+            state.points.append(asdict(points[-1]))
+            if score is not None and score > max(before, default=-math.inf):
+                state.keep_best()
             shown = f", held-out {found:.3f}" + (
                 f", score {score:.3f}" if score is not None else ""
             )
             losses.clear()
-            if saved and time.monotonic() - last_save >= save_every:
-                if accelerator.is_main_process:
-                    state.save(saved)
-                last_save = time.monotonic()
+            state.save_if_due()
         bar.set_postfix_str(f"loss {sum(running) / len(running):.3f}{shown}")
     state.take_best()
     accelerator.free_memory()  # it would keep every model that it has prepared
-    return state.points
+    return points
 
 
 def _again(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     while True:
         yield from loader
-
-
-class _State:
-    """Where a training stands: its points, and the weights and moments that go with them."""
-
-    def __init__(
-        self, named: dict[str, torch.Tensor], optimizer: Any, schedule: Any, what: dict[str, Any]
-    ) -> None:
-        self.named, self.optimizer, self.schedule, self.what = named, optimizer, schedule, what
-        self.points: list[Point] = []
-        self.seconds = 0.0
-        self.best: dict[str, torch.Tensor] = {}
-
-    @property
-    def step(self) -> int:
-        return self.points[-1].step if self.points else 0
-
-    def add(self, point: Point) -> None:
-        """Add a point of the curve; keep a copy of the weights if its score is the best so far."""
-        scores = [p.score for p in self.points if p.score is not None and not math.isnan(p.score)]
-        self.points.append(point)
-        if point.score is not None and point.score > max(scores, default=-math.inf):
-            self.best = {n: p.detach().to("cpu", copy=True) for n, p in self.named.items()}
-
-    @torch.no_grad()
-    def take_best(self) -> None:
-        for name, tensor in self.best.items():
-            self.named[name].copy_(tensor)
-
-    def save(self, file: Path) -> None:
-        """Write all of it as one file, which appears whole or not at all."""
-        moments = self.optimizer.state_dict()
-        tensors = {f"now.{n}": p.detach() for n, p in self.named.items()}
-        tensors |= {f"best.{n}": p for n, p in self.best.items()}
-        for number, values in moments["state"].items():
-            tensors |= {f"moment.{number}.{key}": value for key, value in values.items()}
-        tensors |= {f"random.{kind}": value for kind, value in _random_states().items()}
-        about = {
-            "what": self.what,
-            "points": [asdict(point) for point in self.points],
-            "groups": moments["param_groups"],
-            "schedule": self.schedule.state_dict(),
-        }
-        part = file.with_name(f"{file.name}.part")
-        # A copy of each, for tensors that are a view or share their memory cannot be written.
-        whole = {n: t.to("cpu", copy=True).contiguous() for n, t in tensors.items()}
-        save_file(whole, part, {"progress": json.dumps(about)})
-        os.replace(part, file)
-
-    @torch.no_grad()
-    def load(self, file: Path) -> bool:
-        """Go back to what a file holds; False, and nothing changes, if it is of other settings."""
-        before = f"cannot go on from {file}: "
-        with (
-            explained(SafetensorError, OSError, before=before, after="; delete it to start anew"),
-            safe_open(file, framework="pt") as content,
-        ):
-            about = json.loads((content.metadata() or {}).get("progress", "{}"))
-            names = {n.removeprefix("now.") for n in content.keys() if n.startswith("now.")}  # noqa: SIM118 - not a dict
-            if about.get("what") != self.what or names != set(self.named):
-                return False
-            tensors = {n: content.get_tensor(n) for n in content.keys()}  # noqa: SIM118 - the same
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "now":
-                self.named[rest].copy_(tensor)
-            elif kind == "best":
-                self.best[rest] = tensor
-            elif kind == "moment":
-                number, _, key = rest.partition(".")
-                state.setdefault(int(number), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
-        self.schedule.load_state_dict(about["schedule"])
-        self.points = [Point(**point) for point in about["points"]]
-        self.seconds = self.points[-1].seconds
-        torch.set_rng_state(tensors["random.cpu"])
-        if torch.cuda.is_available() and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-        return True
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    """Give the states that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
 
 
 def measure(

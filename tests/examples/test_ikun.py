@@ -229,6 +229,30 @@ def test_texts_of_files_and_of_data_sets(recipe: Any, tmp_path: Path) -> None:
         recipe.mixture.monolingual(str(tmp_path / "set"), "{language}_meta", ["hi"], 0)
 
 
+def test_lines_of_the_pairs_are_left_out_of_other_texts(recipe: Any, tmp_path: Path) -> None:
+    parts = recipe.corpus.Parts(
+        {},
+        {"en-ru": [Pair("A  Cat", "Кот", "en", "ru", "d")]},
+        {"en-ru": [Pair("The end", "Конец.", "en", "ru", "e")]},
+    )
+    held = recipe.corpus.held_lines(parts)
+    assert held == {"en": {"a cat", "the end"}, "ru": {"кот", "конец."}}
+    met: set[str] = set()
+    found = recipe.mixture.without(["A cat", "a cat ran", "THE END ", "кот"], held["en"], met)
+    assert found == ["a cat ran", "кот"]
+    assert met == {"a cat", "the end"}
+    pytest.importorskip("datasets")
+    (tmp_path / "tr").mkdir()
+    rows = '{"text": "bir\\nA CAT\\niki"}\n{"text": "the  end"}\n'
+    (tmp_path / "tr" / "part.jsonl").write_text(rows, encoding="utf-8")
+    stream = recipe.mixture.monolingual(str(tmp_path), "{language}", ["tr"], 0)["tr"]
+    seen: set[str] = set()
+    texts = recipe.mixture.without(stream, held["en"], seen)
+    assert not seen  # nothing is read before it is asked for
+    assert [list(texts) for _ in range(2)] == [["bir\niki"]] * 2
+    assert seen == met
+
+
 # ---- parts and rows -----------------------------------------------------------------------------
 
 
@@ -273,6 +297,8 @@ def test_a_test_of_its_own_leaves_all_pairs_to_learn_but_its_lines(recipe: Any) 
     parts = recipe.corpus.parts_of(pairs, 1.0, test, 0, 100)
     assert parts.test == {"en-ru": [pairs["en-ru"][3]]}
     assert parts.texts == {}
+    long = {"en-ru": [*test["en-ru"], Pair("x", "y" * 101, "en", "ru", "1")]}
+    assert recipe.corpus.parts_of(pairs, 1.0, long, 0, 100).test == parts.test
     assert pairs["en-ru"][3] not in parts.tuning["en-ru"]
     assert len(parts.tuning["en-ru"]) >= 38
 
@@ -308,11 +334,43 @@ def test_a_document_sees_itself_alone(recipe: Any) -> None:
 
 
 def test_only_the_translation_and_its_end_are_learnt(recipe: Any) -> None:
-    row = recipe.corpus.pair_row(Pair("мама", "mother", "ru", "en", "d"), tiny.tokenizer(), 200)
+    row = recipe.corpus.pair_row(Pair("мама", "mother", "ru", "en", "d"), tiny.tokenizer())
     text = "Translate this from Russian to English:\nRussian: мама\nEnglish:"
     assert tiny.tokenizer().decode(row.prompt) == text
     assert tiny.tokenizer().decode(row.answer) == " mother<end>"
     batch = data.collate([row], tiny.tokenizer().pad_token_id)
     assert batch["labels"][0].tolist()[-1] == tiny.tokenizer().eos_token_id
-    line = recipe.corpus.text_row("ab", tiny.tokenizer(), 100)
+    line = recipe.corpus.text_row("ab", tiny.tokenizer())
     assert line == ([256], [*tiny.tokenizer()("ab").input_ids, 256])
+
+
+def test_rows_are_whole_or_not_there(recipe: Any, extension: Any) -> None:
+    tokenizers, texts = [tiny.tokenizer(), extension.tokenizer], ["мама", "мама мыла раму", "ab"]
+    rows = [[recipe.corpus.text_row(text, t) for text in texts] for t in tokenizers]
+    base, new = ([len(prompt) + len(answer) for prompt, answer in some] for some in rows)
+    assert new[1] < base[1]
+    assert recipe.corpus.fitting(recipe.corpus.text_row, texts, tokenizers, base[1]) == texts
+    # it would fit in the new vocabulary, but models are compared on the same
+    shorter = base[1] - 1
+    found = recipe.corpus.fitting(recipe.corpus.text_row, texts, tokenizers, shorter)
+    assert found == ["мама", "ab"]
+    assert recipe.corpus.fitting(recipe.corpus.text_row, texts, tokenizers[1:], shorter) == texts
+
+
+def test_bits_are_of_rows_that_fit_and_the_others_are_counted(recipe: Any) -> None:
+    short, long = Pair("a", "b", "en", "ru", "d"), Pair("a", "b" * 90, "en", "ru", "d")
+    source = Pair("x" * 150, "b", "en", "ru", "d")
+    test = {"en-ru": [short, long, source, Pair("z" * 200, "z", "en", "ru", "d")]}
+    work = SimpleNamespace(
+        given=SimpleNamespace(test_pairs=3, max_length=100),
+        parts=recipe.corpus.Parts({}, {}, test),
+        tokenizers=[tiny.tokenizer()],
+    )
+    found = recipe.measure.measured(work)
+    assert found.pairs == {"en-ru": [short]}
+    # 90 signs fit as a text alone, 150 do not
+    assert found.lines == {"en": ["a"], "ru": ["b", "b" * 90]}
+    assert found.left_out == 3
+    work.given.max_length = 60
+    with pytest.raises(UserError, match="no line of the test of en-ru fits into 60 tokens"):
+        recipe.measure.measured(work)

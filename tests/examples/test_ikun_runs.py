@@ -1,4 +1,4 @@
-"""The recipe of IKUN: its stages, health, promises, and whole runs on a tiny model."""
+"""The recipe of IKUN: its stages, health, and whole runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from recipes_peft import data, errors, loop, tiny
 from recipes_peft.data import Encoded
@@ -25,6 +28,7 @@ RUSSIAN = ["мама мыла раму", "мама мыла окно", "папа
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """The modules of the recipe, which stand beside its script, as that imports them."""
     _recipes.elsewhere(tmp_path, monkeypatch)
+    AcceleratorState._reset_state(True)  # or no test could choose another precision
     with _recipes.beside("ikun") as modules:
         yield modules
 
@@ -47,7 +51,7 @@ def learner(recipe: Any, method: str, tied: bool) -> tuple[Any, Any]:
 
 
 def trained(recipe: Any, model: Any, tokenizer: Any, rate: float, row_rate: float) -> list[float]:
-    rows = [recipe.corpus.text_row(text, tokenizer, 40) for text in RUSSIAN[:4]]
+    rows = [recipe.corpus.text_row(text, tokenizer) for text in RUSSIAN[:4]]
     how = loop.Training(2, 2, 1, rate, 2, warmup=0.0, schedule="constant")
 
     def join(some: Any) -> dict[str, Any]:
@@ -126,6 +130,63 @@ def test_rows_are_read_again_until_the_steps_are_done(recipe: Any) -> None:
     assert len(losses) == 2
 
 
+@pytest.mark.parametrize("method", ["road", "full"])
+def test_an_interrupted_stage_ends_with_the_same_numbers(
+    recipe: Any, method: str, tmp_path: Path
+) -> None:
+    file, how = tmp_path / "stage.safetensors", loop.Training(7, 4, 2, 1e-2, 7, warmup=0.3)
+
+    def run(stop: int = 99, **changes: Any) -> Any:
+        model, extension = learner(recipe, method, True)
+        layer = model.get_base_model().model.layers[0].mlp.down_proj
+        layer.register_forward_pre_hook(
+            lambda module, args: (torch.nn.functional.dropout(args[0], 0.2, module.training),)
+        )
+        rows = [recipe.corpus.text_row(text, extension.tokenizer) for text in RUSSIAN[:5]]
+        seen: list[Any] = []
+
+        def join(some: Any) -> dict[str, Any]:
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            seen.append(some)
+            return data.collate(some, 256)
+
+        torch.manual_seed(1)
+        train = partial(recipe.stages.train, Accelerator(), model, rows, join, how)
+        losses = train(changes.pop("row_rate", 2e-2), "test", **changes)
+        return losses, [p.detach() for p in model.parameters() if p.requires_grad], seen
+
+    losses, weights, seen = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=9, saved=file, save_every=0)  # in the middle of the fifth step
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    again, same, rest = run(saved=file)
+    assert again == losses
+    assert rest == seen[8:]
+    assert all(torch.equal(a, b) for a, b in zip(same, weights, strict=True))
+    assert len(run(saved=file, row_rate=1e-2)[2]) == 14  # of other settings: from the beginning
+
+
+def test_mixed_precision_trains_what_sixteen_bits_would_not_hold(recipe: Any) -> None:
+    model, extension = learner(recipe, "full", True)
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.copy_(weight.bfloat16())  # as it comes from a file of 16 bits
+    before, kinds = weight.detach().clone(), set()
+    model.get_base_model().model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda _, __, out: kinds.add(out.dtype)
+    )
+    rows = [recipe.corpus.text_row(text, extension.tokenizer) for text in RUSSIAN[:4]]
+    how = loop.Training(2, 2, 1, 1e-6, 2, warmup=0.0, schedule="constant")
+    accelerator, join = Accelerator(mixed_precision="bf16"), partial(data.collate, pad=256)
+    recipe.stages.train(accelerator, model, rows, join, how, 1e-6, "test")
+    assert kinds == {torch.bfloat16}
+    assert (weight != before).float().mean() > 0.9
+    assert (weight.bfloat16() != before).float().mean() < 0.1
+    model(**join(rows[:1]))
+    assert kinds == {torch.bfloat16, torch.float32}  # what is measured is not mixed
+
+
 # ---- health -------------------------------------------------------------------------------------
 
 
@@ -201,68 +262,6 @@ def test_an_empty_answer_of_beams_is_asked_for_again(recipe: Any) -> None:
     assert model.beams == [5, 1]
 
 
-# ---- promises -----------------------------------------------------------------------------------
-
-
-def found_of(bits: float, chrf: float = 1.0, output: str = "x" * 10, **texts: float) -> Any:
-    translation = {"chrf": chrf, "off_target": 0.0, "sources": ["a" * 10], "outputs": [output]}
-    return {
-        "bits": {"en-ru": bits},
-        "merge_difference": 1e-6,
-        "first": {"texts": texts},
-        "translations": {"en-ru": {**translation, "references": ["y" * 10]}},
-    }
-
-
-def test_what_was_promised_of_the_vocabulary(recipe: Any) -> None:
-    checks = {
-        "ratios": {"en": 1.0, "ru": 3.0, "tr": 2.0},
-        "new_ratios": {"en": 1.0, "ru": 2.0, "tr": 1.75},
-        "english_tokens": 1000,
-        "new_english_tokens": 991,
-        "lossless": True,
-        "logit_change": 1e-6,
-    }
-    assert list(recipe.promises.vocabulary(checks).values()) == [True] * 4
-    worse = {"ru": 2.1, "tr": 1.75, "en": 0.1}
-    bad = checks | {"new_ratios": worse, "new_english_tokens": 989, "lossless": False}
-    bad["logit_change"] = math.nan
-    assert list(recipe.promises.vocabulary(bad).values()) == [False] * 4
-
-
-def test_what_was_promised_of_the_first_stage(recipe: Any) -> None:
-    base = {"en": 1.0, "ru": 2.0, "tr": 2.0}
-    good, bad = ({0: found_of(1, **t)} for t in ({"en": 1.02, "ru": 1.8, "tr": 1.89},) * 2)
-    bad[0]["first"]["texts"] |= {"en": 1.04, "tr": 1.95}
-    kept = recipe.promises.texts(base, {"C": good, "CV": bad})
-    assert list(kept.values()) == [True, True, False, False]
-
-
-def test_what_was_promised_of_two_stages(recipe: Any) -> None:
-    def decided(first: float, second: float, third: float, chrf: float = 2.0) -> list[bool]:
-        runs = {
-            "S": {seed: found_of(3.0) for seed in range(3)},
-            "S+": {seed: found_of(2.0, chrf=1.5) for seed in range(3)},
-            "C": {s: found_of(b, chrf) for s, b in enumerate((first, second, third))},
-        }
-        return list(recipe.promises.two_stages(runs).values())
-
-    assert decided(1.95, 1.9, 2.5) == [True, True, True]
-    assert decided(1.97, 1.9, 2.5) == [True, False, True]
-    assert decided(1.9, 1.9, 1.9, 1.0) == [True, True, False]
-    assert recipe.promises.two_stages({"C": {0: found_of(1)}}) == {}
-
-
-def test_what_was_promised_of_health(recipe: Any) -> None:
-    for length, kept in ((9, True), (11, True), (8, False), (12, False)):
-        runs = {"C": {0: found_of(1, output="x" * length)}}
-        assert list(recipe.promises.healthy(runs, True).values()) == [kept, True]
-    assert len(recipe.promises.healthy(runs, False)) == 1
-    runs["C"][0]["merge_difference"] = 1e-3
-    assert list(recipe.promises.merges(runs, "float32").values()) == [False]
-    assert list(recipe.promises.merges(runs, "bfloat16").values()) == [True]
-
-
 # ---- runs ---------------------------------------------------------------------------------------
 
 
@@ -299,9 +298,13 @@ def test_runs_are_compared_and_not_done_twice(
         ]
     assert sum(name.startswith("A3") for name in found["promises"]) == 3
     assert found["vocabulary"]["expands_to_base"]
+    assert found["left_out"] == {"test": 0, "pairs": 0, "texts": 0}
     for name in ("runs.csv", "bits.png"):
         assert Path("demo-output", name).exists()
-    assert "yes  A1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "yes  A1" in said
+    assert "left out" not in said
+    assert "COMET" not in said
 
     def untouched(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run was trained again")
@@ -315,12 +318,65 @@ def test_runs_are_compared_and_not_done_twice(
         run(recipe, monkeypatch, *argv)
 
 
-def test_the_settings_of_the_paper_run(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_from_where_a_stage_was(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("--smoke", "--runs", "C", "--once", "S")
+    assert run(recipe, monkeypatch, *argv, "--out", "whole") == 0
+    train = recipe.stages.train
+    for name, stop, left in (("first, road 0", 5, "first-road-0"), ("C 0", 1, "C-0")):
+
+        def stopped(*given: Any, name: str = name, stop: int = stop) -> list[float]:
+            if given[6] == name:
+                batches = iter(range(stop))
+
+                def join(rows: Any) -> Any:
+                    if next(batches, None) is None:
+                        raise KeyboardInterrupt
+                    return given[3](rows)
+
+                return train(*given[:3], join, *given[4:], save_every=0)
+            return train(*given)
+
+        monkeypatch.setattr(recipe.stages, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, monkeypatch, *argv)
+        (file,) = Path("demo-output").glob("runs-*/*unfinished*")
+        assert file.name == f"{left}-unfinished.safetensors"
+    monkeypatch.setattr(recipe.stages, "train", train)
+    assert run(recipe, monkeypatch, *argv) == 0
+    assert not file.exists()
+    whole = json.loads(Path("whole/results.json").read_text(encoding="utf-8"))
+    assert results()["runs"] == whole["runs"]
+
+
+def test_translations_are_scored_with_comet_if_asked(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def comet(checkpoint: Path, *sides: Any) -> float:
+        asked.append((checkpoint, *map(len, sides)))
+        return 0.25 * len(asked)
+
+    monkeypatch.setattr(recipe.measure.translation, "comet", comet)
+    argv = ("--smoke", "--runs", "S", "--once", "S", "--second-steps", "1", "--comet", "a.ckpt")
+    assert run(recipe, monkeypatch, *argv) == 0
+    assert asked == [(Path("a.ckpt"), 2, 2, 2)] * 2
+    found = results()["runs"]["S"]["0"]["translations"]
+    assert [t["comet"] for t in found.values()] == [0.25, 0.5]
+    assert "COMET" in capsys.readouterr().out
+    assert "0.3750" in Path("demo-output/runs.csv").read_text(encoding="utf-8")
+
+
+def test_the_settings_of_the_paper_run(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs = recipe.experiment.parallel.tiny_pairs
     Path("text").mkdir()
     for code in ("en", "ru", "uk", "cs"):
         lines = [pair.target for pair in pairs("en", code, 60, seed=1)]
         Path("text", f"{code}.txt").write_text("\n".join(lines), encoding="utf-8")
+    with Path("text", "ru.txt").open("a", encoding="utf-8") as file:
+        file.write(f"\n {pairs('en', 'ru', 4, seed=2)[0].target.upper()}")
     for name in ("en-ru", "cs-uk"):
         rows = [f"{p.source}\t{p.target}" for p in pairs(*name.split("-"), 4, seed=2)]
         rows = ["canary 123\tcanary 123", *rows]
@@ -337,6 +393,15 @@ def test_the_settings_of_the_paper_run(recipe: Any, monkeypatch: pytest.MonkeyPa
     assert run(recipe, monkeypatch, *argv, *less) == 0
     found = results()
     assert (found["settings"]["dtype"], found["settings"]["beams"]) == ("bfloat16", 5)
+    (kept,) = Path("demo-output").glob("runs-*")
+    weights = load_file(kept / "first-full-vocabulary-0" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    said = capsys.readouterr().out
+    assert "---  A3 CV-full below S-full" in said
+    assert "A4 CV-full: lengths within 15 %" in said
+    assert found["left_out"]["pairs"] > 0  # three lines, too long together
+    assert found["left_out"]["texts"] > 0
+    assert f"\n{found['left_out']['texts']} lines are left out of the texts" in said
     assert len(found["runs"]["CV"]["0"]["translations"]["cs-uk"]["outputs"]) == 2
     assert set(found["base"]["texts"]) == {"en", "ru", "uk", "cs"}
 

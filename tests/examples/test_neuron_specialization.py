@@ -384,7 +384,7 @@ def test_the_largest_weights_are_kept() -> None:
     assert lass.largest(weight, 0.0).all()
 
 
-def test_weights_are_masked_by_task_and_the_model_is_left_as_it_was() -> None:
+def test_weights_are_masked_by_task_and_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -393,9 +393,19 @@ def test_weights_are_masked_by_task_and_the_model_is_left_as_it_was() -> None:
             for layer in lass.block_linears(model).values():
                 layer.weight.normal_(generator=torch.Generator().manual_seed(len(task)))
 
-    masks = lass.find(model, ["a", "bb"], 0.3, adapt)
+    masks = lass.find(model, ["a", "bb"], 0.3, adapt, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "lm_head" not in masks["a"]
+    # what is kept of a task is not searched again
+    (tmp_path / "bb.safetensors").unlink()
+    searched: list[str] = []
+    again = lass.find(
+        model, ["a", "bb"], 0.3, lambda task: searched.append(task) or adapt(task), tmp_path, False
+    )
+    assert searched == ["bb"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    for task, layers in masks.items():
+        assert all(torch.equal(again[task][n], keep) for n, keep in layers.items())
     name = next(iter(masks["a"]))
     assert not torch.equal(masks["a"][name], masks["bb"][name])
     plain = model(**inputs()).logits

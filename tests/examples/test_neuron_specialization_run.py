@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +196,56 @@ def test_training_ends_when_nothing_gets_better(coded: Any) -> None:
     assert [point.step for point in points] == [1, 2, 3]
 
 
+def interrupted(coded: Any, stop: int, **changes: Any) -> Any:
+    """Train on two tasks, with dropout, until so many batches were seen in training."""
+    tokenizer, rows = coded
+    torch.manual_seed(0)
+    model = translator.make_model(len(tokenizer), 1, 32, 64, 2, 0.2, 32)
+    seen: list[str] = []
+
+    @contextmanager
+    def active(task: str) -> Iterator[None]:
+        if model.training:
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            seen.append(task)
+        yield
+
+    both, own = {task: rows[task] for task in (OUT, BACK)}, changes.pop("own", {})
+    points = translator.train(
+        Accelerator(), model, both, {OUT: rows[OUT][:8]}, training(**changes), "test",
+        active, arms.no_extra, **own,
+    )  # fmt: skip
+    numbers = [(p.step, p.train_loss, p.held_out_loss) for p in points]
+    return numbers, [p.detach() for p in model.parameters()], seen
+
+
+def test_an_interrupted_training_ends_with_the_same_numbers(coded: Any, tmp_path: Path) -> None:
+    how = {"steps": 9, "evaluate_every": 2, "learning_rate": 3e-2}
+    file = tmp_path / "base-unfinished.safetensors"
+    numbers, weights, seen = interrupted(coded, 99, **how)
+    assert set(seen) == {"en-fr", "fr-en"}
+    with pytest.raises(KeyboardInterrupt):  # in the sixth step, two batches of which a step has
+        interrupted(coded, 11, **how, own={"saved": file, "save_every": 0})
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    again, same, rest = interrupted(coded, 99, **how, own={"saved": file, "save_every": 0})
+    assert again == numbers
+    assert rest == seen[8:]
+    assert all(torch.equal(a, b) for a, b in zip(same, weights, strict=True))
+    # from the end nothing is left to do, and the best is still known
+    again, same, rest = interrupted(coded, 0, **how, own={"saved": file})
+    assert (again, rest) == (numbers, [])
+    assert all(torch.equal(a, b) for a, b in zip(same, weights, strict=True))
+
+
+def test_a_training_that_had_ended_is_not_gone_on_with(coded: Any, tmp_path: Path) -> None:
+    how = {"learning_rate": 1e-30, "steps": 8, "evaluate_every": 1, "patience": 2}
+    own = {"saved": tmp_path / "base.safetensors", "save_every": 0}
+    numbers = interrupted(coded, 99, **how, own=own)[0]
+    assert [step for step, *_ in numbers] == [1, 2, 3]
+    assert interrupted(coded, 0, **how, own=own)[0] == numbers
+
+
 @pytest.mark.parametrize("tuner", ["road", "road-pair", "road-family", "lora"])
 def test_an_adapter_learns_from_its_own_tasks_alone(tuner: str, coded: Any) -> None:
     rows = {OUT: coded[1][OUT]}
@@ -261,8 +313,10 @@ def test_every_arm_runs_and_a_second_call_goes_on(
     found = json.loads(Path("demo-output/results.json").read_text())
     assert list(found["runs"]) == names
     assert set(found["base"]) == {"en-es", "en-fr", "es-en", "fr-en"}
+    signed = {"chrf_signature", "bleu_signature"}
     for runs in found["runs"].values():
-        assert set(runs[0]["scores"]["en-fr"]) == {"nll", "chrf", "bleu"}
+        assert set(runs[0]["scores"]["en-fr"]) == {"nll", "chrf", "bleu", *signed}
+        assert "nc:6|nw:2" in runs[0]["scores"]["en-fr"]["chrf_signature"]
         assert runs[0]["scores"]["en-fr"]["nll"] > 0
     assert found["runs"]["apiq+ns"][0]["same_as_base"] <= 1
     assert found["runs"]["full+ns"][0]["same_as_base"] == 1
@@ -277,7 +331,76 @@ def test_every_arm_runs_and_a_second_call_goes_on(
     assert (work / "models" / "apiq+ns" / "adapter_model.safetensors").exists()
     assert (work / "models" / "apiq+ns" / "masks.safetensors").exists()
     assert not [path for path in work.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert not (work / "full+lass-0").exists()
     assert "chrF++" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_where_a_training_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = (*SMALL, "--steps", "4", "--arm-steps", "4", "--evaluate-every", "2")
+    argv += ("--arms", "full+lass", "--seeds", "1")
+    assert run(monkeypatch, *argv, "--out", "whole") == 0
+    train = translator.train
+    # at the second evaluation of the base, at LaSS's third task, at the second one of the arm
+    for name, left in (
+        ("base", "base-unfinished.safetensors"),
+        ("LaSS, es-en", "full+lass-0"),
+        ("full+lass, seed 0", "full+lass-0-unfinished.safetensors"),
+    ):
+
+        def stopped(*given: Any, name: str = name) -> Any:
+            if given[5] != name:
+                return train(*given)
+            seen: list[str] = []
+
+            def active(task: str) -> Any:
+                seen.append(task)
+                if name.startswith("LaSS") or len(seen) > 10:  # in training and in evaluation
+                    raise KeyboardInterrupt
+                return given[6](task)
+
+            return train(*given[:6], active, *given[7:], save_every=0)
+
+        monkeypatch.setattr(translator, "train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, *argv)
+        (work,) = Path("demo-output").glob("work-*")
+        assert (work / left).exists()
+    asked: list[str] = []
+
+    def noted(*given: Any) -> Any:
+        asked.append(given[5])
+        return train(*given)
+
+    monkeypatch.setattr(translator, "train", noted)
+    assert run(monkeypatch, *argv) == 0
+    assert asked == ["full+lass, seed 0"]  # base and sub-networks were there
+    names = [path.name for path in work.iterdir()]
+    assert not [name for name in names if "unfinished" in name or name == "full+lass-0"]
+    found, whole = (
+        json.loads(Path(out, "results.json").read_text())["runs"]["full+lass"][0]
+        for out in ("demo-output", "whole")
+    )
+    assert found["scores"] == whole["scores"]
+
+
+def test_translations_are_scored_with_comet_if_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def comet(checkpoint: Path, *sides: Any) -> float:
+        asked.append((checkpoint, *map(len, sides)))
+        return 0.75
+
+    monkeypatch.setattr(RECIPE["run"].translation, "comet", comet)
+    assert run(monkeypatch, *SMALL, "--arms", "road", "--comet", "a.ckpt") == 0
+    assert asked == [(Path("a.ckpt"), 1, 1, 1)] * 8  # 4 directions of the base, and of the arm
+    found = json.loads(Path("demo-output/results.json").read_text())
+    assert found["base"]["en-fr"]["comet"] == 0.75
+    assert (
+        Path("demo-output/scores.csv").read_text().split()[0] == "arm,seed,task,nll,chrf,bleu,comet"
+    )
+    assert "COMET" in capsys.readouterr().out
 
 
 def test_the_settings_of_the_paper_run_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:

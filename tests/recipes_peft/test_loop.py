@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from recipes_peft import tiny
+from recipes_peft.checkpoint import Checkpoint
 from recipes_peft.data import Encoded, Example, collate, encode
 from recipes_peft.errors import UserError
 from recipes_peft.loop import Point, Training, fit, generate, held_out_loss, measure, train
@@ -239,3 +241,45 @@ def test_nothing_is_written_before_its_time(tmp_path: Path) -> None:
     assert not file.exists()
     with pytest.raises(UserError, match="nothing to train on"):
         train(Accelerator(cpu=True), model, [], rows(8), HOW, TOKENIZER, "x")
+
+
+def checkpoint(
+    file: Path, *, main: bool = True, every: float = 0, scale: float = 8.0
+) -> tuple[Checkpoint, torch.nn.Parameter]:
+    """Give the checkpoint of a training of one weight, and the weight."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.Adam([weight], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    process: Any = SimpleNamespace(is_main_process=main, scaler=scaler)
+    made = Checkpoint(process, {"w": weight}, optimizer, schedule, {"name": "x"}, file, every)
+    return made, weight
+
+
+def test_a_checkpoint_has_points_of_any_kind_and_all_that_moves(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    before, weight = checkpoint(file)
+    for number in (1.5, ["a", None]):
+        weight.grad = torch.tensor([1.0, -1.0])
+        before.optimizer.step()
+        before.points.append(number)
+        if number == 1.5:
+            before.keep_best()
+    before.save_if_due()
+    after, other = checkpoint(file, scale=2.0)
+    assert after.resume()
+    assert after.points == [1.5, ["a", None]]
+    assert torch.equal(other, weight)
+    assert after.accelerator.scaler.get_scale() == 8.0
+    moments = [c.optimizer.state_dict()["state"][0]["exp_avg"] for c in (before, after)]
+    assert torch.equal(*moments)
+    after.take_best()
+    torch.testing.assert_close(other.detach(), torch.tensor([-1.0, 1.0]))
+
+
+def test_the_main_process_writes_and_not_too_often(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    for made, _ in (checkpoint(file, main=False), checkpoint(file, every=60)):
+        made.save_if_due()
+        assert not made.resume()
+    assert not list(tmp_path.iterdir())
