@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from apiq_peft.layer import ApiQLinear
 from apiq_peft.packed import PackedLinear
 from apiq_peft.quantizer import SCHEMES
 
@@ -78,6 +80,7 @@ class ApiQHfQuantizer(HfQuantizer):
                 bias=module.bias is not None,
                 dtype=module.weight.dtype,
                 device=module.weight.device,
+                conv1d=isinstance(module, Conv1D),
             )
             setattr(model.get_submodule(parent), child, layers[name])
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
@@ -162,6 +165,12 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     }
 
 
+def grids_of(layers: Mapping[str, PackedLinear]) -> dict[str, tuple[int, int]]:
+    """Give (bits, group_size) of every layer; -1 for all if whole rows are the groups of all."""
+    whole = all(layer.group_size == layer.in_features for layer in layers.values())
+    return {n: (layer.bits, -1 if whole else layer.group_size) for n, layer in layers.items()}
+
+
 def mark_quantized(model: Any, scheme: str) -> None:
     """Tell transformers that `model` holds packed layers, so that it saves and treats it so."""
     layers = {n: [m.bits, m.group_size] for n, m in packed_layers(model).items()}
@@ -172,29 +181,64 @@ def mark_quantized(model: Any, scheme: str) -> None:
         model.is_quantized, model.quantization_method = True, METHOD
 
 
-def unmark_quantized(model: Any) -> None:
-    """Undo `mark_quantized`, if it was done."""
-    if getattr(model, "quantization_method", None) == METHOD:
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+def scheme_of(model: Any) -> str | None:
+    """Give the scheme that `mark_quantized` or a checkpoint has told, None without one."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config.scheme if isinstance(config, ApiQQuantizationConfig) else None
+
+
+def unmark_quantized(model: nn.Module) -> None:
+    """Undo `mark_quantized`, wherever in `model` it was done."""
+    for module in model.modules():
+        if vars(module).get("quantization_method") == METHOD:
+            marked: Any = module
+            del marked.config.quantization_config
+            marked.hf_quantizer, marked.is_quantized, marked.quantization_method = None, False, None
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Replace every packed layer of `model` by a plain linear one, in place; give the model.
+    """Replace every packed layer of `model` by the plain one it was, in place; give the model.
 
     LoRA layers stay and become mergeable; the sizes in memory are those of full precision again.
-    `dtype` is that of the model if not given.
+    With `dtype` all of the model but its adapters is cast to it, as far as it is saved.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, PackedLinear):
             continue
         parent, _, child = name.rpartition(".")
-        wide = dtype or getattr(model, "dtype", None) or torch.float32
-        weight = module.dequantize(wide).contiguous()
-        linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.in_features, linear.out_features = module.in_features, module.out_features
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module.bias  # type: ignore[assignment]
-        setattr(model.get_submodule(parent), child, linear)
+        owner = model.get_submodule(parent)
+        plain = _written_out(module, dtype or module.dtype)
+        if isinstance(owner, ApiQLinear):
+            owner.set_plain_base(plain)
+        else:
+            setattr(owner, child, plain)
     unmark_quantized(model)
+    if dtype is not None:
+        _cast(model, dtype)
     return model
+
+
+def _written_out(packed: PackedLinear, dtype: torch.dtype) -> nn.Module:
+    """Give the layer that was packed, with the weight that its codes stand for."""
+    weight = packed.dequantize(dtype)
+    plain: Any
+    with torch.device("meta"):
+        if packed.conv1d:
+            plain, weight = Conv1D(packed.out_features, packed.in_features), weight.t()
+        else:
+            plain = nn.Linear(packed.in_features, packed.out_features, bias=False)
+    plain.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    plain.bias = packed.bias
+    return plain.train(packed.training)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters and buffers, but those of adapters and those that are not saved."""
+    adapters: set[int] = set()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in layer.adapter_layer_names:
+                adapters |= {id(p) for p in getattr(layer, name).parameters()}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if id(tensor) not in adapters and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
@@ -11,7 +14,16 @@ from peft.utils.other import get_pattern_key
 from apiq_peft.quantizer import check
 
 # what a quantised base cannot have, or what would calibrate against the wrong weight
-_UNSUPPORTED = ("use_dora", "use_qalora", "target_parameters", "velora_config", "loftq_config")
+_UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "target_parameters",
+    "velora_config",
+    "loftq_config",
+    "kasa_config",
+)
+# of init_lora_weights; the others take something out of the weight of the base or measure it
+_STARTS = (True, False, "gaussian", "orthogonal", "mica")
 
 
 @dataclass
@@ -48,6 +60,14 @@ class ApiQConfig(LoraConfig):
         default_factory=dict,
         metadata={"help": "Module name or regular expression to group size, where it differs."},
     )
+    packed_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Set when the adapter is added: it is for codes that packing without data does"
+            " not give, and so goes on a packed base alone."
+        },
+    )
+    grid_given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.target_modules is None:
@@ -62,14 +82,36 @@ class ApiQConfig(LoraConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; ApiQ trains a plain LoRA, leave it out"
                 )
+        if self.init_lora_weights not in _STARTS:
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights!r}, which needs a base in full"
+                f" precision; choose from {', '.join(map(repr, _STARTS))}"
+            )
 
     @classmethod
     def of(cls, config: Any) -> ApiQConfig:
-        """Give `config` as this class; fields that a plain LoRA configuration lacks are default."""
+        """Give `config` as this class.
+
+        The fields that a plain LoRA configuration lacks are those of the base that it is for, if
+        that is packed, and else default.
+        """
         if isinstance(config, cls):
             return config
         known = {f.name for f in fields(cls)} - {"peft_type"}
-        return cls(**{name: value for name, value in vars(config).items() if name in known})
+        made = cls(**{name: value for name, value in vars(config).items() if name in known})
+        made.grid_given = False  # type: ignore[misc]  # of this one alone
+        return made
+
+    def on_grids(self, grids: Mapping[str, tuple[int, int]], scheme: str) -> ApiQConfig:
+        """Give a copy for modules that are packed in these (bits, group_size)."""
+        config = copy.copy(self)
+        (config.bits, config.group_size), _ = Counter(grids.values()).most_common(1)[0]
+        config.bits_pattern = {n: bits for n, (bits, _) in grids.items() if bits != config.bits}
+        config.group_size_pattern = {
+            n: size for n, (_, size) in grids.items() if size != config.group_size
+        }
+        config.scheme = scheme
+        return config
 
     def grid_of(self, module_name: str) -> tuple[int, int]:
         """Give (bits, group_size) for the module of that name."""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from apiq_peft.checkpoint import dequantize, packed_layers, unmark_quantized
+from apiq_peft.checkpoint import dequantize, grids_of, packed_layers, unmark_quantized
 from apiq_peft.config import ApiQConfig
 from apiq_peft.gptq import VERSIONS, scheme_of, shift_zeros
 from apiq_peft.packed import PackedLinear
@@ -120,7 +120,8 @@ def export_lora(
         )
     own = {f.name for f in fields(ApiQConfig)} - {f.name for f in fields(LoraConfig)}
     values: dict[str, Any] = {k: v for k, v in config.to_dict().items() if k not in own}
-    values |= {"peft_type": "LORA", "inference_mode": True}
+    transposed = any(layer.conv1d for layer in packed_layers(model).values())
+    values |= {"peft_type": "LORA", "inference_mode": True, "fan_in_fan_out": transposed}
     if base_model:
         values["base_model_name_or_path"] = base_model
     for name, value in values.items():
@@ -211,8 +212,7 @@ class _Stored(nn.Module):
 def _settings(model: Any, symmetric: bool, checkpoint_format: str) -> dict[str, Any]:
     """Say in GPTQ's words which layers of `model` are packed, and how."""
     layers = packed_layers(model)
-    whole = all(m.group_size == m.in_features for m in layers.values())
-    grids = {n: (m.bits, -1 if whole else m.group_size) for n, m in layers.items()}
+    grids = grids_of(layers)
     (bits, group_size), _ = Counter(grids.values()).most_common(1)[0]
     head = model.get_output_embeddings()  # which readers leave alone
     left_out = [

@@ -32,6 +32,7 @@ class ApiQLinear(lora.Linear):
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(base_layer, adapter_name, **kwargs)
         self.quantization_backend = ForwardOnlyQuantizationBackend("apiq")
+        self.fan_in_fan_out = False  # whatever the base was before it was packed
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, name = self.get_base_layer(), self._only_adapter()
@@ -56,17 +57,42 @@ class ApiQLinear(lora.Linear):
         base: Any = self.get_base_layer()
         return base.weight
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
+    def set_plain_base(self, base: nn.Module) -> None:
+        """Take a layer in full precision, into which the LoRA can be merged, for a packed one."""
+        self.base_layer, self.quantization_backend = base, None
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+
+    def check_merge(self, adapter_names: list[str] | None = None, finite: bool = False) -> None:
+        """Refuse what `merge` would, before anything is merged, and with `finite` a broken sum.
 
         Raises:
-            ValueError: always, with what to do instead.
+            ValueError: the base is packed, or the merged weight would not be finite.
         """
-        raise ValueError(_NO_MERGE)
+        base: Any = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            raise ValueError(_NO_MERGE)
+        if not finite:
+            return
+        merged = base.weight
+        for name in adapter_names or self.active_adapters:
+            if name in self.lora_A and name not in self.merged_adapters:
+                merged = merged + self.get_delta_weight(name).to(merged.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError("the merged weight would not be finite; the adapter is broken")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into a base that was dequantised; see `peft.tuners.lora.layer.Linear`.
+
+        Raises:
+            ValueError: the base is packed, with what to do instead.
+        """
+        self.check_merge()
+        super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Refuse, since nothing is ever merged."""
-        raise ValueError(_NO_MERGE)
+        """Undo `merge`; refused on a packed base, where nothing is ever merged."""
+        self.check_merge()
+        super().unmerge()
 
     def __repr__(self) -> str:
         return "apiq." + super().__repr__().removeprefix("lora.")
@@ -96,4 +122,8 @@ def pack_layer(module: nn.Module, bits: int, group_size: int, scheme: str) -> Pa
     PackedLinear(weight.shape[1], weight.shape[0], bits, group_size, device="meta")  # sizes fit?
     quantizer = Quantizer(weight, bits, group_size, scheme).to(weight.device)
     bias: Any = module.bias
-    return PackedLinear.from_codes(quantizer.codes(weight), bits, bias, weight.dtype)
+    packed = PackedLinear.from_codes(
+        quantizer.codes(weight), bits, bias, weight.dtype, isinstance(module, Conv1D)
+    )
+    packed.reproducible = True
+    return packed

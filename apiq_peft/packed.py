@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apiq_peft.quantizer import SCALE_DTYPE, Codes, check
+from kernels_peft.autocast import in_autocast_dtype
+from kernels_peft.outputs import in_shape
 from kernels_peft.packed_linear import check_packed, dequantize, packed_linear
 from kernels_peft.packed_linear.few_rows import AlongOutputs, Copy, Words, copy_for
 from kernels_peft.packing import RUN, pack, unpack
@@ -23,6 +25,9 @@ class PackedLinear(nn.Module):
     the backward dequantises it again. On a CPU a layer that has
     met few rows without a gradient keeps its codes a second time, in an order in which these rows
     are multiplied several times faster; `train()` drops them.
+
+    `conv1d` says that the layer was transformers' Conv1D, and `reproducible` that it was packed
+    without data, so that packing the same weight again gives the same codes.
 
     Shapes:
         qweight: (K bits / 32, N), int32. qzeros: (K / g, N bits / 32), int32. scales: (K / g, N),
@@ -42,6 +47,7 @@ class PackedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        conv1d: bool = False,
     ) -> None:
         """Make a layer without values, for a checkpoint to fill; `group_size` -1 is a whole row.
 
@@ -59,6 +65,7 @@ class PackedLinear(nn.Module):
         groups = 1 if group_size == -1 else in_features // group_size
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size, self.dtype = in_features // groups, dtype
+        self.conv1d, self.reproducible = conv1d, False
         words = {
             "qweight": (in_features * bits // RUN, out_features),
             "qzeros": (groups, out_features * bits // RUN),
@@ -72,11 +79,16 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_codes(
-        cls, codes: Codes, bits: int, bias: Tensor | None, dtype: torch.dtype = torch.float32
+        cls,
+        codes: Codes,
+        bits: int,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+        conv1d: bool = False,
     ) -> PackedLinear:
         """Pack a quantised weight; `dtype` is that of the model."""
         (N, K), groups = codes.codes.shape, codes.scales.shape[1]
-        layer = cls(K, N, bits, K // groups, bias is not None, dtype, device="meta")
+        layer = cls(K, N, bits, K // groups, bias is not None, dtype, "meta", conv1d)
         layer.qweight = _frozen(pack(codes.codes.t(), bits))
         layer.qzeros = _frozen(pack(codes.zeros.t(), bits, dim=1))
         layer.scales = codes.scales.t().contiguous()
@@ -116,9 +128,12 @@ class PackedLinear(nn.Module):
     ) -> Tensor:
         """Give x Q^T + bias, plus scale (x A^T) B^T if there is a LoRA; `lora_x` is its own x.
 
+        The result has the dtype of x, or that of autocast, to which both x are cast then.
+
         Shapes:
             x, lora_x: (..., K). lora_a: (r, K). lora_b: (N, r). Returns (..., N).
         """
+        x, lora_x = in_autocast_dtype(x, lora_x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         kind = self._few_rows(x, lora_a, lora_b, lora_x)
         if kind is not None:
@@ -127,9 +142,9 @@ class PackedLinear(nn.Module):
             if bias is not None:
                 y += bias
             if lora_a is not None and lora_b is not None:
-                low = F.linear(rows if lora_x is None else lora_x.view_as(rows), lora_a.to(x.dtype))
-                y.addmm_(low, lora_b.to(x.dtype).t(), alpha=scale)
-            return y.view(*x.shape[:-1], self.out_features)
+                branch = rows if lora_x is None else lora_x.reshape(rows.shape)
+                y.addmm_(F.linear(branch, lora_a.to(x.dtype)), lora_b.to(x.dtype).t(), alpha=scale)
+            return in_shape(y, (*x.shape[:-1], self.out_features))
         packed = (self.qweight, self.qzeros, self.scales, bias, self.bits)
         return packed_linear(x, *packed, lora_a, lora_b, scale, lora_x)
 

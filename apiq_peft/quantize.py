@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from apiq_peft.assembly import write_adapter, write_base
+from apiq_peft.assembly import check_adapter, in_adapter, write_adapter, write_base
 from apiq_peft.calibration import BlockReport, Calibration, calibrate
 from apiq_peft.calibration.capture import Batch
 from apiq_peft.calibration.end_to_end import end_to_end
@@ -26,9 +28,11 @@ from apiq_peft.calibration.stacks import Stack
 from apiq_peft.calibration.streaming import ModelFolder
 from apiq_peft.checkpoint import mark_quantized, packed_layers
 from apiq_peft.config import ApiQConfig
-from apiq_peft.samples import samples_of
+from apiq_peft.layer import ApiQLinear
+from apiq_peft.samples import batches_of, tokenised
 
 Samples = Tensor | Sequence[Mapping[str, Tensor]] | str | Sequence[str]
+_PATIENCE = 60.0  # seconds after which a shared file system shows a folder
 
 
 def quantize(
@@ -65,28 +69,30 @@ def quantize(
         or a text or several.
     Raises:
         ValueError: samples or layers that do not fit; the model is unchanged then.
-        CalibrationError: a loss is not finite.
+        CalibrationError: a loss, a parameter or an activation is not finite; blocks that are done
+            are kept in `folder`.
         OSError: a file cannot be written; the blocks before are kept.
     Source:
         ApiQ (arXiv:2402.05147); by default block-wise, as in the published script.
     """
     settings = calibration or Calibration()
     config = copy.deepcopy(config)
-    samples = _tokenised(samples, tokenizer, count, length, seed)
-    batches = _batches(model, samples, settings)
+    samples = tokenised(samples, tokenizer, count, length, seed)
+    _check_head(model, settings)
+    batches = batches_of(samples, model, settings.batch_size)
     result = calibrate(
         model, batches, config, settings, Path(folder) if folder else None, show_progress
     )
     if config.target_modules == "all-linear":
-        config.target_modules = sorted(result.solutions)
+        config.target_modules = sorted(result.factors)
     peft_model = get_peft_model(model, config)
     tuner: Any = peft_model.base_model
     layers = dict(tuner.model.named_modules())
     with torch.no_grad():
-        for name, solution in result.solutions.items():
+        for name, (a, b) in result.factors.items():
             layer: Any = layers[name]
-            layer.lora_A["default"].weight.copy_(solution.lora_A)
-            layer.lora_B["default"].weight.copy_(solution.lora_B)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
     _finish_together(peft_model, batches, result, settings, show_progress)
     return peft_model, result.reports
 
@@ -116,13 +122,17 @@ def quantize_folder(
 
     Beside a block memory holds embeddings and head, and the states of all samples, which
     `cache_dir` of the settings puts into files. With `final_epochs` the quantised model is loaded
-    whole at last. Texts and several processes are dealt with as in `quantize`.
+    whole at last, by every process, so `out` has to be on a file system that all nodes share. If
+    that pass fails, a call with another `final_lr`, or without it, goes on from the blocks. Texts
+    and several processes are dealt with as in `quantize`.
 
     Shapes:
         samples: as for `quantize`.
     Raises:
-        ValueError: a folder, samples or layers that do not fit, or a weight that is missing.
-        CalibrationError: a loss is not finite; the blocks before are kept.
+        ValueError: a folder, samples, layers or an adapter that do not fit, a weight that is
+            missing, or an `out` that some process does not see.
+        CalibrationError: a loss, a parameter or an activation is not finite; the blocks before are
+            kept.
         OSError: a file cannot be written; the blocks before are kept.
     """
     source, out = Path(source), Path(out)
@@ -130,11 +140,17 @@ def quantize_folder(
     if base.exists() or (adapter.exists() and not blocks.exists()):
         raise ValueError(f"{base if base.exists() else adapter} exists; choose a new folder")
     settings, config = calibration or Calibration(), copy.deepcopy(config)
+    check_adapter(config)
     processes = Processes.running()
     unfinished = blocks / "base"
-    store = ModelFolder(source, unfinished, auto_class, dtype, torch.device(device))
-    samples = _tokenised(samples, tokenizer, count, length, seed)
-    batches = _batches(store.model, samples, settings)
+    store = ModelFolder(
+        source, unfinished, auto_class, dtype, torch.device(device), partial(in_adapter, config)
+    )
+    samples = tokenised(samples, tokenizer, count, length, seed)
+    _check_head(store.model, settings)
+    batches = batches_of(samples, store.model, settings.batch_size)
+    if settings.final_epochs:
+        _check_shared(blocks, processes, store.device)
     result = calibrate(store.model, batches, config, settings, blocks, show_progress, store)
     store.finish_outside()
     model = store.model.to("meta")
@@ -146,15 +162,17 @@ def quantize_folder(
     def write() -> None:
         write_base(model, source, unfinished)
         names = [report.block for report in result.reports]
-        write_adapter(model, config, names, blocks)
+        write_adapter(model, config, names, blocks, store.kept)
 
     def finish() -> None:
-        if not adapter.exists():  # as it does if the last call was interrupted just here
-            os.replace(blocks / "adapter", adapter)
+        if adapter.exists():  # of a call that was interrupted just here, maybe with another pass
+            shutil.rmtree(adapter)
+        os.replace(blocks / "adapter", adapter)
         os.replace(unfinished, base)
         shutil.rmtree(blocks)
 
     processes.from_first(write)
+    store.kept.clear()
     if settings.final_epochs:
         low = auto_class.from_pretrained(unfinished, dtype=dtype).to(device)
         trained = PeftModel.from_pretrained(low, str(blocks / "adapter"), is_trainable=True)
@@ -162,6 +180,34 @@ def quantize_folder(
         processes.from_first(lambda: _rewrite_factors(trained, blocks / "adapter"))
     processes.from_first(finish)
     return result.reports
+
+
+def _check_head(model: Any, settings: Calibration) -> None:
+    if settings.final_epochs and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} has no head that predicts tokens, which the last pass learns"
+            " from; set final_epochs to 0"
+        )
+
+
+def _check_shared(blocks: Path, processes: Processes, device: torch.device) -> None:
+    """Make the folder of the blocks, which all processes are to read from.
+
+    Raises:
+        ValueError: some do not see it.
+    """
+    if processes.count == 1:
+        return
+    processes.from_first(lambda: blocks.mkdir(parents=True, exist_ok=True))
+    until = time.monotonic() + _PATIENCE
+    while not blocks.is_dir() and time.monotonic() < until:
+        time.sleep(1)
+    if processes.some(not blocks.is_dir(), device):
+        raise ValueError(
+            f"{blocks}, which the first process has made, is not there for all of the"
+            f" {processes.count}; for the last pass give an `out` on a file system that all nodes"
+            " share, or set final_epochs to 0"
+        )
 
 
 def _finish_together(
@@ -182,7 +228,7 @@ def _finish_together(
         result.reports[-1].losses["end to end"] = end_to_end(
             model,
             replace(result.final, stack=Stack(result.final.stack.name, blocks)),
-            [p for name, p in peft_model.named_parameters() if ".lora_" in name],
+            {n: m for n, m in model.named_modules() if isinstance(m, ApiQLinear)},
             processes.share(batches),
             settings,
             processes,
@@ -196,36 +242,3 @@ def _rewrite_factors(peft_model: PeftModel, adapter: Path) -> None:
     state = get_peft_model_state_dict(peft_model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     write_whole(adapter / "adapter_model.safetensors", tensors, {"format": "pt"})
-
-
-def _tokenised(samples: Any, tokenizer: Any, count: int, length: int, seed: int | None) -> Any:
-    """Give token ids for texts, and anything else as it is."""
-    texts = isinstance(samples, str) or (
-        not isinstance(samples, Tensor) and len(samples) > 0 and isinstance(samples[0], str)
-    )
-    if not texts:
-        return samples
-    if tokenizer is None:
-        raise ValueError("samples are texts; give the model's own tokenizer= as well")
-    return samples_of(samples, tokenizer, count, length, seed)
-
-
-def _batches(model: Any, samples: Any, settings: Calibration) -> list[Mapping[str, Tensor]]:
-    if settings.final_epochs and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} has no head that predicts tokens, which the last pass learns"
-            " from; set final_epochs to 0"
-        )
-    if not isinstance(samples, Tensor):
-        if not samples:
-            raise ValueError("there are no samples; give at least one batch")
-        return list(samples)
-    if samples.dim() != 2 or samples.is_floating_point() or not samples.numel():
-        raise ValueError(
-            f"samples have shape {tuple(samples.shape)} and dtype {samples.dtype}; give token ids"
-            " (samples, length), or batches as dictionaries of tensors"
-        )
-    names = ["input_ids"]
-    if getattr(model.config, "is_encoder_decoder", False):
-        names.append("decoder_input_ids")
-    return [dict.fromkeys(names, part) for part in samples.split(settings.batch_size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from apiq_peft.calibration import BlockReport, LayerReport
 
 _COLUMNS = (
     *("block", "layer", "bits", "group_size", "error_before", "error_after"),
-    *("high_clip", "low_clip", "first_loss", "last_loss", "seconds"),
+    *("high_clip", "low_clip", "first_loss", "last_loss", "seconds", "peak_bytes"),
 )
+
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class KindReport:
     error_after: float
     high_clip: float
     low_clip: float
+    seconds: float | None  # none where the layers of a block were trained together
 
 
 def kinds_of(reports: Iterable[BlockReport]) -> list[KindReport]:
@@ -47,26 +51,36 @@ def kinds_of(reports: Iterable[BlockReport]) -> list[KindReport]:
             fmean(layer.error_after for layer in layers),
             fmean(layer.high_clip for layer in layers),
             fmean(layer.low_clip for layer in layers),
+            _mean_seconds(layers),
         )
         for kind, layers in kinds.items()
     ]
 
 
+def _mean_seconds(layers: Iterable[LayerReport]) -> float | None:
+    seconds = [layer.seconds for layer in layers if layer.seconds is not None]
+    return fmean(seconds) if seconds else None
+
+
 def tables(reports: Sequence[BlockReport]) -> list[Table]:
     """Give two tables to print with rich: of blocks, and of kinds of layers."""
     blocks = _table(
-        "relative error of a block's output", "block", "rounded", "calibrated", "seconds"
+        "relative error of a block's output, its time, and the most memory held until then",
+        *("block", "rounded", "calibrated", "seconds", "MiB"),
     )
     for r in reports:
         errors = (f"{r.error_before:.4f}", f"{r.error_after:.4f}")
-        blocks.add_row(r.block, *errors, "resumed" if r.resumed else f"{r.seconds:.1f}")
+        seconds = "resumed" if r.resumed else f"{r.seconds:.1f}"
+        memory = "-" if r.peak_bytes is None else f"{r.peak_bytes / _MIB:.0f}"
+        blocks.add_row(r.block, *errors, seconds, memory)
     kinds = _table(
-        "mean relative error of a layer's output, and share of the range that is kept",
-        *("layer", "count", "rounded", "calibrated", "above", "below"),
+        "mean relative error of a layer's output, share of the range that is kept, and time",
+        *("layer", "count", "rounded", "calibrated", "above", "below", "seconds"),
     )
     for k in kinds_of(reports):
         values = (k.error_before, k.error_after, k.high_clip, k.low_clip)
-        kinds.add_row(k.kind, str(k.layers), *(f"{value:.4f}" for value in values))
+        seconds = "the block's" if k.seconds is None else f"{k.seconds:.1f}"
+        kinds.add_row(k.kind, str(k.layers), *(f"{value:.4f}" for value in values), seconds)
     return [blocks, kinds]
 
 
@@ -82,7 +96,8 @@ def write_csv(reports: Iterable[BlockReport], path: str | Path) -> None:
     """Write a row for each block, and below it, with `layer` filled in, one for each of its layers.
 
     Losses are those of the first and the last epoch: a block's if it was trained as one, else a
-    layer's.
+    layer's. `seconds` of a layer are empty if its block was trained as one. `peak_bytes` is the
+    most memory that was held until a block was done.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, restval="")
@@ -93,7 +108,8 @@ def write_csv(reports: Iterable[BlockReport], path: str | Path) -> None:
 
 
 def _rows(report: BlockReport) -> Iterable[dict[str, Any]]:
-    own = {name: vars(report)[name] for name in ("error_before", "error_after", "seconds")}
+    names = ("error_before", "error_after", "seconds", "peak_bytes")
+    own = {name: vars(report)[name] for name in names}
     yield {"block": report.block, **own, **_ends(report.losses.get("block"))}
     for layer in report.layers:
         losses = report.losses.get(layer.layer.removeprefix(report.block + "."))
@@ -105,7 +121,7 @@ def _ends(losses: Sequence[float] | None) -> Mapping[str, float]:
 
 
 def write_plot(reports: Sequence[BlockReport], path: str | Path) -> None:
-    """Draw the errors of blocks, the errors of layers and their clipping, block by block, to a PNG.
+    """Draw errors, clipping, time and memory, block by block and by kinds of layers, to a PNG.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -114,12 +130,15 @@ def write_plot(reports: Sequence[BlockReport], path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError("a plot needs matplotlib; pip install 'road-apiq-peft[bench]'") from error
-    figure = Figure(figsize=(max(6, 2 + 0.2 * len(reports)), 9), layout="constrained")
-    blocks, layers, clips = figure.subplots(3, 1, sharex=True)
+    figure = Figure(figsize=(max(6, 2 + 0.2 * len(reports)), 15), layout="constrained")
+    blocks, layers, clips, times, memory = figure.subplots(5, 1, sharex=True)
     places = range(len(reports))
     blocks.plot(places, [r.error_before for r in reports], "o--", label="rounded")
     blocks.plot(places, [r.error_after for r in reports], "o-", label="calibrated")
     blocks.set(title="relative error of a block's output", ylim=(0, None))
+    times.plot(places, [r.seconds for r in reports], "o-", label="block")
+    peaks = [math.nan if r.peak_bytes is None else r.peak_bytes / _MIB for r in reports]
+    memory.plot(places, peaks, "o-", label="this process")
     for kind in (k.kind for k in kinds_of(reports)):
         found = [
             (place, layer)
@@ -131,9 +150,18 @@ def write_plot(reports: Sequence[BlockReport], path: str | Path) -> None:
         layers.plot(at, [layer.error_after for _, layer in found], "o-", label=kind)
         kept = [(layer.high_clip + layer.low_clip) / 2 for _, layer in found]
         clips.plot(at, kept, "o-", label=kind)
+        seconds = [(place, layer.seconds) for place, layer in found if layer.seconds is not None]
+        if seconds:  # else those of the block
+            times.plot(*zip(*seconds, strict=True), "o-", label=kind)
     layers.set(title="relative error of a layer's output, calibrated", ylim=(0, None))
-    clips.set(title="mean share of the range that is kept", xlabel="block, in the order of running")
-    for axis in (blocks, layers, clips):
+    clips.set(title="mean share of the range that is kept")
+    times.set(title="seconds", ylim=(0, None))
+    memory.set(
+        title="most memory held until then, MiB",
+        ylim=(0, None),
+        xlabel="block, in the order of running",
+    )
+    for axis in (blocks, layers, clips, times, memory):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize="small", ncols=2)
     picture = io.BytesIO()

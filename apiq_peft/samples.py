@@ -1,12 +1,15 @@
-"""Calibration samples from text: windows of tokens, drawn at random or side by side."""
+"""Calibration samples: windows of the tokens of a text, and the batches that a model is given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")  # of learned positions, by its name
 
 
 def tokens_of(texts: str | Iterable[str], tokenizer: Any) -> Tensor:
@@ -61,3 +64,63 @@ def samples_of(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
     return tokens[starts + torch.arange(length)]
+
+
+def tokenised(samples: Any, tokenizer: Any, count: int, length: int, seed: int | None) -> Any:
+    """Give token ids for texts, and anything else as it is.
+
+    Raises:
+        ValueError: there are texts and no tokenizer, or as in `samples_of`.
+    """
+    texts = isinstance(samples, str) or (
+        not isinstance(samples, Tensor) and len(samples) > 0 and isinstance(samples[0], str)
+    )
+    if not texts:
+        return samples
+    if tokenizer is None:
+        raise ValueError("samples are texts; give the model's own tokenizer= as well")
+    return samples_of(samples, tokenizer, count, length, seed)
+
+
+def batches_of(samples: Any, model: Any, batch_size: int) -> list[Mapping[str, Tensor]]:
+    """Give what the model takes, batch by batch, for token ids or for batches.
+
+    Raises:
+        ValueError: there are none, they are no token ids, or they are longer than the model allows.
+    """
+    if not isinstance(samples, Tensor):
+        if not samples:
+            raise ValueError("there are no samples; give at least one batch")
+        batches = list(samples)
+    elif samples.dim() != 2 or samples.is_floating_point() or not samples.numel():
+        raise ValueError(
+            f"samples have shape {tuple(samples.shape)} and dtype {samples.dtype}; give token ids"
+            " (samples, length), or batches as dictionaries of tensors"
+        )
+    else:
+        names = ["input_ids"]
+        if getattr(model.config, "is_encoder_decoder", False):
+            names.append("decoder_input_ids")
+        batches = [dict.fromkeys(names, part) for part in samples.split(batch_size)]
+    ids = [b[n] for b in batches for n in ("input_ids", "decoder_input_ids") if n in b]
+    check_length(model, max((t.shape[-1] for t in ids), default=0))
+    return batches
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse samples of more tokens than the model has positions for.
+
+    Raises:
+        ValueError: says how many it has.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _TABLE.search(name):
+            unused = getattr(module, "offset", 0)  # OPT and BART leave the first two out
+            if module.padding_idx is not None:  # and RoBERTa all to that of padding
+                unused = module.padding_idx + 1
+            positions = module.num_embeddings - unused
+            if length > positions:
+                raise ValueError(
+                    f"samples have {length} tokens, but the model has {positions} positions"
+                    f" ({name}); give samples of at most {positions}"
+                )

@@ -2,34 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
-class Activations:
-    """The hidden states of all batches, of fixed shapes, overwritten block by block.
+class Cache:
+    """Where tensors wait until they are computed with: in the memory of the CPU, or in files.
 
-    With a folder they lie in files that are mapped into memory, so that the system may drop them.
+    With a folder the files are mapped into memory, so that the system may drop them, and lose their
+    names at once: their room is free again when the tensors are gone, however the process ends, and
+    calibrations with the same folder do not meet.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype, name: str) -> Tensor:
+        """Give a tensor to fill; `name` is that of its file in an error.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        if self._folder is None:
+            return torch.empty(shape, dtype=dtype)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="apiq-", dir=self._folder) as own:
+            return _mapped(Path(own) / f"{name}.bin", shape, dtype)
+
+    def keep(self, tensor: Tensor, name: str) -> Tensor:
+        """Give a tensor with the same values; the same one if it is where it would be kept."""
+        if self._folder is None:
+            return tensor.cpu()
+        held = self.empty(tensor.shape, tensor.dtype, name)
+        return held.copy_(tensor)
+
+
+class Activations:
+    """The hidden states of all batches, each of a fixed shape, overwritten block by block.
+
+    They are kept in `dtype`, by default each in its own.
     """
 
     def __init__(
-        self,
-        shapes: Sequence[torch.Size],
-        dtype: torch.dtype,
-        folder: Path | None = None,
-        name: str = "activations",
+        self, cache: Cache, dtype: torch.dtype | None = None, name: str = "activations"
     ) -> None:
-        self._tensors = [
-            torch.empty(shape, dtype=dtype)
-            if folder is None
-            else _mapped(folder / f"{name}-{number:05d}.bin", shape, dtype)
-            for number, shape in enumerate(shapes)
-        ]
+        self._cache, self._dtype, self._name = cache, dtype, name
+        self._tensors: list[Tensor] = []
+
+    def like(self, name: str) -> Activations:
+        """Give others of the same shapes, without values."""
+        other = Activations(self._cache, self._dtype, name)
+        for held in self._tensors:
+            other._add(held.shape, held.dtype)
+        return other
+
+    def append(self, states: Tensor) -> None:
+        """Keep the states of one more batch.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        self._add(states.shape, self._dtype or states.dtype).copy_(states.detach())
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -43,7 +82,7 @@ class Activations:
         return self._tensors[index].to(device, dtype)
 
     def put(self, index: int, states: Tensor) -> None:
-        """Keep the states of one batch.
+        """Replace the states of one batch.
 
         Raises:
             ValueError: they have another shape than those before.
@@ -56,9 +95,19 @@ class Activations:
             )
         held.copy_(states.detach())
 
+    def _add(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        name = f"{self._name}-{len(self._tensors):05d}"
+        self._tensors.append(self._cache.empty(shape, dtype, name))
+        return self._tensors[-1]
+
+
+def digest(tensor: Tensor) -> str:
+    """Give a short fingerprint of a tensor's bytes."""
+    held = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
+
 
 def _mapped(path: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = math.prod(shape)
     with path.open("wb") as file:
         try:
@@ -66,7 +115,6 @@ def _mapped(path: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
             if size and hasattr(os, "posix_fallocate"):  # a write to a full disk is no exception
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         except OSError as error:
-            path.unlink()
             raise OSError(
                 error.errno,
                 f"{path}: no room for {size * dtype.itemsize} bytes of activations"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apiq_peft.calibration.activations import Activations
+from apiq_peft.calibration.activations import Activations, Cache
 from apiq_peft.calibration.capture import Call, Masks
 from apiq_peft.calibration.closed_form import Moments
+from apiq_peft.calibration.finite import CalibrationError, all_finite
 from apiq_peft.calibration.fitting import fit
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import DTYPES, Calibration
@@ -43,6 +45,7 @@ class Work:
     device: torch.device
     generator: torch.Generator
     processes: Processes
+    cache: Cache
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,6 +88,18 @@ class Work:
         return (mask != 0).view(x.shape[:-1]).to(self.device, torch.float32)
 
 
+@dataclass
+class Training:
+    """How the calibration of a block went: losses by what was trained, one for each epoch.
+
+    `seconds` has the time of every layer where each is worked on by itself: its own training, and
+    an even share of what was done for the layers of one input together.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
 class _SeenError(Exception):
     """Raised to leave a block once the input of a layer was seen."""
 
@@ -94,21 +109,26 @@ def calibrate_block(
     targets: Activations,
     augmented: Activations | None,
     progress: Callable[[str, int, float], None],
-) -> dict[str, list[float]]:
-    """Find clipping, A and B of every layer of a block; give the losses by what was trained.
+) -> Training:
+    """Find clipping, A and B of every layer of a block.
 
     `targets` holds the output of the full-precision block for every batch; `augmented`, if there is
     that term in the loss, its output on the quantised input.
+
+    Raises:
+        CalibrationError: what was found is not finite.
     """
     groups = groups_of(work.student, dict(work.layers), lambda: work.answer(0))
+    done = Training()
+    if work.settings.granularity == "layer":
+        done.seconds = dict.fromkeys(work.layers, 0.0)
     if work.settings.closed_form == "start":
-        _solve_groups(work, groups)
-    losses: dict[str, list[float]] = {}
+        _solve_groups(work, groups, done)
     if work.settings.epochs and work.settings.granularity == "block":
         loss_of, amounts = _block_loss(work, targets, augmented)
-        losses["block"] = fit(
+        done.losses["block"] = fit(
             work.name,
-            list(work.layers.values()),
+            work.layers,
             loss_of,
             work.processes.relative(amounts, work.device),
             work.settings,
@@ -118,12 +138,19 @@ def calibrate_block(
         )
     elif work.settings.epochs:
         for group in groups:
-            losses |= _fit_group(work, group, progress)
+            _fit_group(work, group, done, progress)
     for layer in work.layers.values():
         layer.settle()
     if work.settings.closed_form == "refit":
-        _solve_groups(work, groups)
-    return losses
+        _solve_groups(work, groups, done)
+    for name, layer in work.layers.items():
+        assert layer.codes is not None
+        if not all_finite((*layer.trained(), layer.codes.scales)):
+            raise CalibrationError(
+                f"{work.name}: what was found for layer {name} is not finite; see whether the"
+                " weights of the model are, and set compute_dtype and cache_dtype to float32"
+            )
+    return done
 
 
 def _block_loss(
@@ -163,26 +190,36 @@ def _tokens(reals: Sequence[Tensor | None], rows: Sequence[int]) -> list[float]:
 
 
 def _fit_group(
-    work: Work, group: list[str], progress: Callable[[str, int, float], None]
-) -> dict[str, list[float]]:
+    work: Work,
+    group: list[str],
+    done: Training,
+    progress: Callable[[str, int, float], None],
+) -> None:
     """Train the layers of one input one after the other, then round them for good."""
-    pairs = [_inputs_of(work, group[0], batch) for batch in range(len(work.full_calls))]
-    reals = [work.real(batch, x) for batch, (x, _) in enumerate(pairs)]
-    amounts = _tokens(reals, [x.shape[:-1].numel() for x, _ in pairs])
-    weights = work.processes.relative(amounts, work.device)
-    losses = {}
+    started = time.monotonic()
+    full, quantized = Activations(work.cache, name="x"), Activations(work.cache, name="z")
+    reals = []
+    for batch in range(len(work.full_calls)):
+        x, z = _inputs_of(work, group[0], batch)
+        full.append(x)
+        quantized.append(z)
+        reals.append(work.real(batch, x))
+    rows = [full.shape(batch)[:-1].numel() for batch in range(len(full))]
+    weights = work.processes.relative(_tokens(reals, rows), work.device)
+    _share_time(done, group, started)
     for name in group:
+        started = time.monotonic()
         layer = work.layers[name]
 
         def loss_of(batch: int, layer: StudentLinear = layer) -> Tensor:
-            x, z = pairs[batch]
-            wanted = F.linear(x.float(), layer.weight.float())
-            y = _without_bias(layer, z.float())
+            x = full.get(batch, work.device, torch.float32)
+            y = _without_bias(layer, quantized.get(batch, work.device, torch.float32))
+            wanted = F.linear(x, layer.weight.float())
             return _distance(y, wanted, reals[batch], work.settings.loss)
 
-        losses[name] = fit(
+        done.losses[name] = fit(
             f"{work.name}.{name}",
-            [layer],
+            {name: layer},
             loss_of,
             weights,
             work.settings,
@@ -191,7 +228,13 @@ def _fit_group(
             work.processes,
         )
         layer.settle()
-    return losses
+        _share_time(done, [name], started)
+
+
+def _share_time(done: Training, group: list[str], started: float) -> None:
+    for name in group:
+        if name in done.seconds:
+            done.seconds[name] += (time.monotonic() - started) / len(group)
 
 
 def _without_bias(layer: StudentLinear, z: Tensor) -> Tensor:
@@ -200,10 +243,15 @@ def _without_bias(layer: StudentLinear, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _solve_groups(work: Work, groups: list[list[str]]) -> None:
-    """Solve A and B of every layer in closed form, on the inputs that those before make."""
+def _solve_groups(work: Work, groups: list[list[str]], done: Training) -> None:
+    """Solve A and B of every layer in closed form, on the inputs that those before make.
+
+    Raises:
+        CalibrationError: the inputs of a layer are not finite, or what it gives for them.
+    """
     with _rounded_once(work.layers.values()):
         for group in groups:
+            started = time.monotonic()
             layers = {name: work.layers[name] for name in group}
             first = layers[group[0]]
             sizes = {name: layer.weight.shape[0] for name, layer in layers.items()}
@@ -218,12 +266,20 @@ def _solve_groups(work: Work, groups: list[list[str]]) -> None:
                 }
                 moments.add(z, errors, real)
             moments.join(work.processes)
+            broken = moments.not_finite()
+            if broken is not None:
+                raise CalibrationError(
+                    f"{work.name}: the activations of layer {broken} are not finite, so it cannot"
+                    f" be solved in closed form; set compute_dtype ({work.settings.compute_dtype})"
+                    " to float32 if they are too large for a narrower one"
+                )
             ranks = {name: layer.grid.rank for name, layer in layers.items()}
             for name, (a, b) in moments.solve(ranks).items():
                 layer = layers[name]
                 layer.lora_A.zero_()[: len(a)] = a  # fewer rows than asked for in a narrow layer
                 layer.lora_B.zero_()[:, : len(a)] = b / layer.grid.scale
                 work.processes.copy_first((layer.lora_A, layer.lora_B))
+            _share_time(done, group, started)
 
 
 @contextmanager

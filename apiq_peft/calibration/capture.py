@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apiq_peft.calibration.activations import Cache, digest
 from apiq_peft.calibration.stacks import Stack
 
 Batch = Mapping[str, Tensor]
@@ -17,25 +18,25 @@ Batch = Mapping[str, Tensor]
 
 @dataclass
 class Call:
-    """The arguments of one block for one batch, without its hidden states."""
+    """The arguments of one block for one batch, without its hidden states; on the CPU."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, states: Tensor) -> Tensor:
         """Give the states that `block` makes of `states`, whether it returns them bare or first."""
-        args, kwargs = _in_dtype((self.args, self.kwargs), states.dtype)
+        args, kwargs = _beside_states((self.args, self.kwargs), states)
         return first_of(block(states, *args, **kwargs))
 
 
-def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Give masks and position embeddings in the dtype that a block computes in."""
+def _beside_states(value: Any, states: Tensor) -> Any:
+    """Give tensors on the device of the states, masks and position embeddings in their dtype."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(states) if value.is_floating_point() else value.to(states.device)
     if isinstance(value, tuple | list):
-        return type(value)(_in_dtype(v, dtype) for v in value)
+        return type(value)(_beside_states(v, states) for v in value)
     if isinstance(value, dict):
-        return {name: _in_dtype(v, dtype) for name, v in value.items()}
+        return {name: _beside_states(v, states) for name, v in value.items()}
     return value
 
 
@@ -135,12 +136,10 @@ class Given:
 class Captured:
     """What a model hands to a stack.
 
-    `states` enter the first block, by batch; `calls` has for every block the call of each batch;
-    `masks` the attention mask (samples, length) of each batch, for the rows of the states and for
-    those of an encoder that this stack looks at.
+    `calls` has for every block the call of each batch; `masks` the attention mask (samples, length)
+    of each batch, for the rows of the states and for those of an encoder that this stack looks at.
     """
 
-    states: list[Tensor]
     calls: list[list[Call]]
     masks: list[Masks]
     beside: Beside
@@ -156,13 +155,16 @@ def capture(
     batches: Sequence[Batch],
     given: Sequence[Given],
     device: torch.device,
+    cache: Cache,
+    enter: Callable[[Tensor], None],
 ) -> Captured:
     """Run the model around `stack` and note what its blocks would get.
 
-    Of all blocks only the first of `stack` runs. Equal tensors of different batches are kept once.
+    `enter` takes the states that enter the first block, batch by batch; the other arguments are
+    kept in `cache`, equal tensors once. Of all blocks only the first of `stack` runs.
     """
-    found = Captured([], [[] for _ in stack.blocks], [], Beside())
-    pool = _Pool()
+    found = Captured([[] for _ in stack.blocks], [], Beside())
+    pool = _Pool(cache, stack.name)
     for number, batch in enumerate(batches):
         noted: list[list[Call]] = [[] for _ in stack.blocks]
         recorders = [
@@ -174,10 +176,11 @@ def capture(
             model(**inputs, use_cache=False)
         entered = recorders[0].states
         assert entered is not None
-        found.states.append(entered)
-        found.masks.append(_masks(inputs, entered, later=bool(given)))
-        for block_calls, seen in zip(found.calls, noted, strict=True):
-            block_calls.append(Call(pool.intern(seen[0].args), pool.intern(seen[0].kwargs)))
+        enter(entered)
+        found.masks.append(_masks(batch, entered, later=bool(given)))
+        with pool.of_one_batch() as intern:
+            for block_calls, seen in zip(found.calls, noted, strict=True):
+                block_calls.append(Call(intern(seen[0].args), intern(seen[0].kwargs)))
     return found
 
 
@@ -242,18 +245,33 @@ def _stop_after(module: nn.Module) -> Iterator[None]:
 class _Pool:
     """Keeps one of several equal tensors."""
 
-    def __init__(self) -> None:
-        self._held: dict[Any, list[Tensor]] = {}
+    def __init__(self, cache: Cache, name: str) -> None:
+        self._cache, self._name = cache, name
+        self._held: dict[Any, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
 
-    def intern(self, value: Any) -> Any:
+    @contextmanager
+    def of_one_batch(self) -> Iterator[Callable[[Any], Any]]:
+        """Give what takes the arguments of blocks, among which the same tensors return."""
+        try:
+            yield self._intern
+        finally:
+            self._seen.clear()
+
+    def _intern(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            held = self._held.setdefault((value.shape, value.dtype), [])
-            same = next((t for t in held if t is value or torch.equal(t, value)), None)
-            if same is None:
-                held.append(value)
-            return value if same is None else same
+            if id(value) not in self._seen:
+                self._seen[id(value)] = self._one(value)
+            return self._seen[id(value)]
         if isinstance(value, tuple | list):
-            return type(value)(self.intern(v) for v in value)
+            return type(value)(self._intern(v) for v in value)
         if isinstance(value, dict):
-            return {name: self.intern(v) for name, v in value.items()}
+            return {name: self._intern(v) for name, v in value.items()}
         return value
+
+    def _one(self, value: Tensor) -> Tensor:
+        key = (value.shape, value.dtype, digest(value))
+        if key not in self._held:
+            name = f"{self._name}-argument-{len(self._held):05d}"
+            self._held[key] = self._cache.keep(value, name)
+        return self._held[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apiq_peft.calibration.finite import all_finite
 from apiq_peft.calibration.processes import Processes
 
 _Factors = tuple[Tensor, Tensor]
@@ -43,6 +44,13 @@ class Moments:
     def join(self, processes: Processes) -> None:
         """Add the sums of all processes."""
         processes.add((self.second, self.tokens, *self.cross.values()))
+
+    def not_finite(self) -> str | None:
+        """Give the name of the first layer of whose sums some are not finite, None if all are."""
+        for name, cross in self.cross.items():
+            if not all_finite((self.second, cross)):
+                return name
+        return None
 
     def solve(self, rank: int | dict[str, int], damping: float = 1e-2) -> dict[str, _Factors]:
         """Give A (rank, K) and B (N, rank) of each layer, float32, that leave the least error.

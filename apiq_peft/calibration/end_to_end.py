@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +14,25 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from apiq_peft.calibration.capture import Batch, Given, giving
-from apiq_peft.calibration.fitting import CalibrationError, schedule
+from apiq_peft.calibration.finite import (
+    RETRY_RATE,
+    CalibrationError,
+    LastSound,
+    all_finite,
+    first_not_finite,
+    in_layer,
+)
+from apiq_peft.calibration.fitting import schedule
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import Calibration
+
+_log = logging.getLogger(__name__)
 
 
 def end_to_end(
     model: Any,
     final: Given,
-    factors: Iterable[nn.Parameter],
+    layers: Mapping[str, nn.Module],
     batches: Sequence[Batch],
     settings: Calibration,
     processes: Processes,
@@ -33,56 +45,101 @@ def end_to_end(
     divergence KL(full || quantised), mean over tokens; it is returned for every epoch. `batches`
     are those of this process. All activations of the model are in memory, unlike before.
 
+    A loss or a parameter that is not finite restores the state of the last epoch, and it goes on
+    once at a tenth of the rate.
+
     Raises:
-        CalibrationError: a loss is not finite; the factors are those of before.
+        CalibrationError: it happens a second time; A and B are those of the last epoch in which
+            all was finite.
     Source:
         Distillation of the logits, as in RILQ (arXiv:2412.01129); not part of ApiQ.
     """
-    factors = list(factors)
-    before = [p.detach().clone() for p in factors]
-    optimizer = torch.optim.AdamW(factors, lr=settings.final_lr, weight_decay=0.0)
+    factors = {name: _factors(layer) for name, layer in layers.items()}
+    trained = [p for held in factors.values() for p in held]
+    device = trained[0].device
+    sound, rate = LastSound(trained), 1.0
+    optimizer = torch.optim.AdamW(trained, lr=settings.final_lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
     groups = processes.steps(len(batches))
     steps = settings.final_epochs * len(groups)
     masks = [_mask(batch) for batch in batches]
-    weights = processes.relative([float(m.sum()) for m in masks], factors[0].device)
+    weights = processes.relative([float(m.sum()) for m in masks], device)
     losses: list[float] = []
-    with tqdm(total=steps, unit="step", disable=not show_progress) as bar:
-        for epoch in range(settings.final_epochs):
-            total = torch.zeros((), dtype=torch.float64, device=factors[0].device)
+
+    def loss_of(number: int) -> Tensor:
+        each = _divergences(model, final, batches[number], number)
+        real = masks[number].to(each.device)
+        return weights[number] * (each * real).sum() / real.sum().clamp(min=1) / processes.each
+
+    with (
+        _alone(model, trained),
+        tqdm(total=steps, unit="step", disable=not show_progress) as bar,
+    ):
+        while len(losses) < settings.final_epochs:
+            total = torch.zeros((), dtype=torch.float64, device=device)
             order = torch.randperm(len(groups), generator=generator).tolist()
-            for step, group in enumerate(order, epoch * len(groups)):
-                optimizer.zero_grad(set_to_none=True)
-                mean = torch.zeros(1, dtype=torch.float64, device=factors[0].device)
-                for number in groups[group]:
-                    each = _divergences(model, final, batches[number], number)
-                    real = masks[number].to(each.device)
-                    loss = weights[number] * (each * real).sum() / real.sum() / processes.each
+            for number, group in enumerate(order):
+                share = (len(losses) * len(groups) + number) / steps
+                mean = torch.zeros(1, dtype=torch.float64, device=device)
+                for batch in groups[group]:
+                    loss = loss_of(batch)
                     loss.backward()
                     mean += loss.detach()
                 processes.average([mean])
                 if not math.isfinite(float(mean)):
-                    optimizer.zero_grad(set_to_none=True)
-                    with torch.no_grad():
-                        for factor, value in zip(factors, before, strict=True):
-                            factor.copy_(value)
-                    raise CalibrationError(
-                        f"the loss of the last pass is {float(mean)} in epoch {epoch + 1}, step"
-                        f" {group}; lower final_lr, or set final_epochs to 0"
-                    )
+                    wrong = f"the loss of the last pass is {float(mean)}"
+                    layer = first_not_finite(layers, loss_of, groups[group])
+                    break
                 for one in optimizer.param_groups:
-                    one["lr"] = settings.final_lr * schedule("cosine", 0.1, step / steps)
-                gradients = [p.grad for p in factors if p.grad is not None]
-                processes.average(gradients)
-                torch.nn.utils.clip_grad_norm_(factors, 1.0)
+                    one["lr"] = rate * settings.final_lr * schedule("cosine", 0.1, share)
+                processes.average([p.grad for p in trained if p.grad is not None])
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if not all_finite(trained):
+                    wrong = "A or B in the last pass is not finite"
+                    layer = next(n for n, held in factors.items() if not all_finite(held))
+                    break
                 total += mean[0]
                 bar.set_postfix_str(f"divergence {float(mean):.4g}")
                 bar.update()
-            losses.append(float(total) / len(groups))
-    for factor in factors:
-        factor.grad = None
+            else:
+                losses.append(float(total) / len(groups))
+                sound.keep()
+                continue
+            optimizer.zero_grad(set_to_none=True)
+            sound.restore()
+            wrong += f" in epoch {len(losses) + 1}, step {number + 1}{in_layer(layer)}"
+            if rate < 1:
+                raise CalibrationError(
+                    f"{wrong}, also at a tenth of the rate; lower final_lr, or set final_epochs to"
+                    " 0: blocks that were kept in a folder are not calibrated again"
+                )
+            _log.warning("%s; going on from the epoch before at a tenth of the rate", wrong)
+            rate = RETRY_RATE
+            optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+            bar.reset()
+            bar.update(len(losses) * len(groups))
     return losses
+
+
+def _factors(layer: nn.Module) -> list[nn.Parameter]:
+    """Give A and B of an adapted layer."""
+    return [p for name, p in layer.named_parameters() if name.startswith("lora_")]
+
+
+@contextmanager
+def _alone(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let nothing but `trained` have gradients."""
+    kept = set(trained)
+    others = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _mask(batch: Batch) -> Tensor:

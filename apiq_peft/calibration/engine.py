@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from apiq_peft.calibration.activations import Activations
-from apiq_peft.calibration.block import Work, calibrate_block
-from apiq_peft.calibration.capture import Batch, Call, Given, Masks, capture
+from apiq_peft.calibration.activations import Activations, Cache
+from apiq_peft.calibration.block import Training, Work, calibrate_block
+from apiq_peft.calibration.capture import Batch, Call, Captured, Given, Masks, capture
+from apiq_peft.calibration.finite import CalibrationError, all_finite, first_not_finite, in_layer
 from apiq_peft.calibration.precision import in_dtype
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.progress_files import BlockFiles, describe, step_batches_of
-from apiq_peft.calibration.reports import BlockReport, errors_of, layer_reports
+from apiq_peft.calibration.reports import BlockReport, errors_of, layer_reports, peak_bytes
 from apiq_peft.calibration.settings import DTYPES, Calibration
 from apiq_peft.calibration.stacks import Stack, find_stacks
 from apiq_peft.calibration.student import Grid, Solution, make_student
@@ -46,12 +48,12 @@ class BlockStore(Protocol):
 class Result:
     """What a calibration found.
 
-    `solutions` has those of all layers by name, and is empty if a store has taken the blocks;
+    `factors` has A and B of all layers by name, and is empty if a store has taken the blocks;
     `final` is the last stack with its final states in the full-precision model; `processes` says
     how the batches were shared.
     """
 
-    solutions: dict[str, Solution]
+    factors: dict[str, tuple[Tensor, Tensor]]
     reports: list[BlockReport]
     final: Given
     processes: Processes
@@ -79,7 +81,8 @@ def calibrate(
     Raises:
         ValueError: a layer cannot be quantised or calibrated, or the batches cannot be shared;
             nothing was changed.
-        CalibrationError: a loss is not finite; the blocks before are done.
+        CalibrationError: a loss, a parameter or an activation is not finite; the blocks before are
+            done.
         OSError: a file cannot be written; the blocks before are done.
     """
     processes = Processes.running()
@@ -142,7 +145,8 @@ class _Run:
         self.settings, self.processes, self.files = settings, processes, files
         self.bar, self.store = bar, store
         self.device = next(model.parameters()).device if store is None else store.device
-        self.solutions: dict[str, Solution] = {}
+        self.cache = Cache(Path(settings.cache_dir) if settings.cache_dir else None)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.reports: list[BlockReport] = []
 
     def all(self, stacks: Sequence[Stack]) -> Result:
@@ -153,30 +157,30 @@ class _Run:
             full, quantized = self.stack(stack, given_full, given_quantized)
             given_full.append(full)
             given_quantized.append(quantized)
-        return Result(self.solutions, self.reports, given_full[-1], self.processes)
+        return Result(self.factors, self.reports, given_full[-1], self.processes)
 
     def stack(
         self, stack: Stack, given_full: Sequence[Given], given_quantized: Sequence[Given]
     ) -> tuple[Given, Given]:
         """Calibrate all blocks of a stack; give its final states in both models."""
         self._fetch(stack, 0)
-        captured = capture(self.model, stack, self.batches, given_full, self.device)
+        full, quantized = (self._activations(f"{stack.name}-{n}") for n in ("full", "quantized"))
+
+        def enter(states: Tensor) -> None:
+            full.append(states)
+            quantized.append(states)
+
+        captured = self._capture(stack, given_full, enter)
         full_calls = quantized_calls = captured.calls
         if given_quantized:
-            again = capture(self.model, stack, self.batches, given_quantized, self.device)
-            quantized_calls = again.calls
-        shapes = [s.shape for s in captured.states]
+            quantized_calls = self._capture(stack, given_quantized, lambda states: None).calls
         with_augmented = self.settings.augment_loss and self.settings.granularity == "block"
         held = _Buffers(
-            self._activations(stack, shapes, "full"),
-            self._activations(stack, shapes, "target"),
-            self._activations(stack, shapes, "quantized"),
-            self._activations(stack, shapes, "augmented") if with_augmented else None,
+            full,
+            full.like(f"{stack.name}-target"),
+            quantized,
+            full.like(f"{stack.name}-augmented") if with_augmented else None,
         )
-        for number, entered in enumerate(captured.states):
-            held.full.put(number, entered)
-            held.quantized.put(number, entered)
-        captured.states.clear()
         for index in range(len(stack.blocks)):
             if index:
                 self._fetch(stack, index)
@@ -192,10 +196,14 @@ class _Run:
         if self.store is not None:
             self.store.fetch(stack.block_name(index))
 
-    def _activations(self, stack: Stack, shapes: Sequence[torch.Size], name: str) -> Activations:
-        folder = Path(self.settings.cache_dir) if self.settings.cache_dir else None
-        name = f"{stack.name}-{name}-{self.processes.rank}"
-        return Activations(shapes, DTYPES[self.settings.cache_dtype], folder, name)
+    def _capture(
+        self, stack: Stack, given: Sequence[Given], enter: Callable[[Tensor], None]
+    ) -> Captured:
+        run = (self.model, stack, self.batches, given, self.device, self.cache)
+        return capture(*run, enter)
+
+    def _activations(self, name: str) -> Activations:
+        return Activations(self.cache, DTYPES[self.settings.cache_dtype], name)
 
     def _getter(self, states: Activations) -> Callable[[int], Tensor]:
         dtype = DTYPES[self.settings.cache_dtype]
@@ -228,39 +236,73 @@ class _Run:
             self.device,
             generator,
             self.processes,
+            self.cache,
         )
         self.bar.set_description_str(name)
         with in_dtype((block, student), DTYPES[self.settings.compute_dtype]):
-            for batch in range(len(self.batches)):
-                held.target.put(batch, work.teach(batch))
-                if held.augmented is not None:
-                    held.augmented.put(batch, work.teach(batch, held.quantized))
+            teachers = {n: block.get_submodule(n) for n in layers}
+            self._keep(work, held.target, work.teach, teachers)
+            if held.augmented is not None:
+                self._keep(
+                    work, held.augmented, partial(work.teach, states=held.quantized), teachers
+                )
             before = errors_of(work, held.target)
-            found, losses, resumed = self._solve(work, held)
+            found, training, resumed = self._solve(work, held)
             after = errors_of(work, held.target)
-            for batch in range(len(self.batches)):
-                held.quantized.put(batch, work.answer(batch))
+            self._keep(work, held.quantized, work.answer, layers)
         for n, solution in found.items():
             self._install(block, n, solution, grids[n].bits)
             if self.store is None:
-                self.solutions[prefix + n] = solution
+                self.factors[prefix + n] = solution.lora_A, solution.lora_B
         if self.store is not None:
             self.store.finish(name)
         seconds = time.monotonic() - started
-        by_layer = layer_reports(prefix, grids, found, before, after)
+        by_layer = layer_reports(prefix, grids, found, before, after, training.seconds)
         self.reports.append(
-            BlockReport(name, before[""], after[""], seconds, losses, by_layer, resumed)
+            BlockReport(
+                name,
+                before[""],
+                after[""],
+                seconds,
+                training.losses,
+                by_layer,
+                resumed,
+                peak_bytes(self.device),
+            )
         )
         self.bar.update(1)
         self.bar.set_postfix_str(f"error {before['']:.3g} -> {after['']:.3g}")
 
-    def _solve(
-        self, work: Work, held: _Buffers
-    ) -> tuple[dict[str, Solution], dict[str, list[float]], bool]:
-        """Give the solutions of a block, which its students take, their losses, if it was done."""
+    def _keep(
+        self,
+        work: Work,
+        kept: Activations,
+        run: Callable[[int], Tensor],
+        layers: Mapping[str, nn.Module],
+    ) -> None:
+        """Keep what `run` gives for every batch; `layers` are those that it runs.
+
+        Raises:
+            CalibrationError: it is not finite, as it is kept.
+        """
+        dtype, where = DTYPES[self.settings.cache_dtype], None
+        for batch in range(len(self.batches)):
+            states = run(batch)
+            if where is None and not all_finite([states.to(dtype)]):
+                where = f" for batch {batch + 1}{in_layer(first_not_finite(layers, run, [batch]))}"
+            kept.put(batch, states)
+        if self.processes.some(where is not None, self.device):
+            raise CalibrationError(
+                f"{work.name} gives values that are not finite{where or ''}; see whether the"
+                f" weights of the model are, and set compute_dtype ({self.settings.compute_dtype})"
+                f" and cache_dtype ({self.settings.cache_dtype}) to float32"
+            )
+
+    def _solve(self, work: Work, held: _Buffers) -> tuple[dict[str, Solution], Training, bool]:
+        """Give the solutions of a block, which its students take, how it went, if it was done."""
         files, layers = self.files, work.layers
         if not layers:
-            return {}, {}, False
+            return {}, Training(), False
         known = {n: layer.weight for n, layer in layers.items()}
         if files is not None:
             found = self.processes.from_first(lambda: files.load(work.name, known))
@@ -269,12 +311,12 @@ class _Run:
                     layers[n].take(solution)
                 parts = len(layers) if self.settings.granularity == "layer" else 1
                 self.bar.update(self.settings.epochs * parts)
-                return found, {}, True
-        losses = calibrate_block(work, held.target, held.augmented, self._progress)
+                return found, Training(), True
+        training = calibrate_block(work, held.target, held.augmented, self._progress)
         solved = {n: layer.solution() for n, layer in layers.items()}
         if files is not None:
             self.processes.from_first(lambda: files.save(work.name, solved, known))
-        return solved, losses, False
+        return solved, training, False
 
     def _progress(self, layer: str, epoch: int, loss: float) -> None:
         self.bar.update(1)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from apiq_peft.calibration.finite import (
+    RETRY_RATE,
+    CalibrationError,
+    LastSound,
+    all_finite,
+    first_not_finite,
+    in_layer,
+)
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import StudentLinear
 
-_RETRY_RATE = 0.1  # of both learning rates, after the first loss that is not finite
-
-
-class CalibrationError(RuntimeError):
-    """A calibration that cannot go on: where, and what to do."""
+_log = logging.getLogger(__name__)
 
 
 def fit(
     where: str,
-    layers: Sequence[StudentLinear],
+    layers: Mapping[str, StudentLinear],
     loss_of: Callable[[int], Tensor],
     weights: Sequence[float],
     settings: Calibration,
@@ -33,18 +38,19 @@ def fit(
 
     `loss_of` gives the loss of a batch by its number, which counts as much as `weights` says for
     that batch. A step takes the mean of losses and gradients over its batches on all processes. A
-    loss that is not finite on one of them restores on all the state of the last epoch that was
-    sound, and they go on once at a tenth of the rates.
+    loss or a parameter that is not finite on one of them restores on all the state of the last
+    epoch, and they go on once at a tenth of the rates.
 
     Raises:
-        CalibrationError: a loss is not finite a second time; the layers are in their last sound
-            state.
+        CalibrationError: it happens a second time; the layers are in the state of the last epoch
+            in which all was finite.
     """
-    clips = [p for layer in layers for p in (layer.quantizer.high_clip, layer.quantizer.low_clip)]
-    loras = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    students = list(layers.values())
+    clips = [p for s in students for p in (s.quantizer.high_clip, s.quantizer.low_clip)]
+    loras = [p for s in students for p in (s.lora_A, s.lora_B)]
     parameters = [*clips, *loras]
     rate, losses, epoch = 1.0, [], 0
-    sound = [p.detach().clone() for p in parameters]
+    sound = LastSound(parameters)
     steps = processes.steps(len(weights))
     order = list(range(len(steps)))
     optimizer = _optimizer(clips, loras, settings, rate)
@@ -65,27 +71,34 @@ def fit(
             processes.average([mean, *(p.grad for p in parameters if p.grad is not None)])
             value = float(mean)
             if not math.isfinite(value):
+                wrong = f"the loss is {value}"
+                layer = first_not_finite(layers, loss_of, steps[number])
                 break
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
+            if not all_finite(parameters):
+                wrong = "A, B or the clipping is not finite"
+                layer = next(n for n, held in layers.items() if not all_finite(held.trained()))
+                break
             total += value
         else:
             epoch += 1
             losses.append(total / len(steps))
-            sound = [p.detach().clone() for p in parameters]
+            sound.keep()
             progress(epoch, losses[-1])
             continue
-        with torch.no_grad():
-            for parameter, value_before in zip(parameters, sound, strict=True):
-                parameter.copy_(value_before)
+        sound.restore()
+        of = in_layer(layer) if len(layers) > 1 else ""  # else `where` names it
+        wrong = f"{where}: {wrong} in epoch {epoch + 1}, step {step + 1}{of}"
         if rate < 1:
             raise CalibrationError(
-                f"{where}: the loss is {value} in epoch {epoch + 1}, step {step + 1}, also at a"
-                " tenth of the rates; lower clip_lr and lora_lr, or set compute_dtype and"
-                " cache_dtype to float32 if activations are too large for a narrower one"
+                f"{wrong}, also at a tenth of the rates; lower clip_lr and lora_lr, or set"
+                " compute_dtype and cache_dtype to float32 if activations are too large for a"
+                " narrower one"
             )
-        rate = _RETRY_RATE
+        _log.warning("%s; going on from the epoch before at a tenth of the rates", wrong)
+        rate = RETRY_RATE
         optimizer = _optimizer(clips, loras, settings, rate)
     for parameter in parameters:
         parameter.grad = None

@@ -18,17 +18,17 @@ class in_dtype:  # noqa: N801  # a context manager, used as one
         self.held: list[tuple[nn.Parameter, Tensor]] = []
 
     def __enter__(self) -> None:
-        students = {
+        trained = {  # a student's bias is the block's own
             id(p)
             for block in self.blocks
             for m in block.modules()
             if isinstance(m, StudentLinear)
-            for p in m.parameters()
+            for p in m.trained()
         }
         for block in self.blocks:
             for parameter in block.parameters():
                 other = parameter.is_floating_point() and parameter.dtype != self.dtype
-                if other and id(parameter) not in students:
+                if other and id(parameter) not in trained:
                     self.held.append((parameter, parameter.data))
                     parameter.data = parameter.data.to(self.dtype)
 

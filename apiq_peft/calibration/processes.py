@@ -91,6 +91,12 @@ class Processes:
             for tensor in tensors:
                 tensor.detach().div_(self.count)
 
+    def some(self, found: bool, device: torch.device) -> bool:
+        """Tell all processes whether `found` is true on one of them."""
+        count = torch.tensor([float(found)], device=device)
+        self.add([count])
+        return bool(count > 0)
+
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Put the values of the first process into the tensors of all."""
         if self.count > 1:

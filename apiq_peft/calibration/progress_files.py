@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +10,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apiq_peft.calibration.activations import digest
 from apiq_peft.calibration.capture import Batch
 from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import Solution
@@ -24,6 +23,7 @@ from apiq_peft.quantizer import Codes
 
 _RUN = "calibration.json"
 _CODES = tuple(f.name for f in fields(Codes))
+_NOT_OF_BLOCKS = ("cache_dir", "final_epochs", "final_lr")
 _FACTORS = ("lora_A", "lora_B", "high_clip", "low_clip")
 
 
@@ -104,12 +104,15 @@ class BlockFiles:
 def describe(
     batches: Sequence[Batch], config: ApiQConfig, settings: Calibration, step_batches: int
 ) -> dict[str, Any]:
-    """Say what a calibration depends on, so that another is not mistaken for it."""
+    """Say what the blocks of a calibration depend on, so that another is not mistaken for it.
+
+    The last pass begins from them, so its settings may be others when a call is repeated.
+    """
     samples = [digest(batch[name]) for batch in batches for name in sorted(batch)]
     adapter = {k: v for k, v in config.to_dict().items() if k != "base_model_name_or_path"}
     return {
         "adapter": {k: sorted(v) if isinstance(v, set) else v for k, v in adapter.items()},
-        "settings": {k: v for k, v in asdict(settings).items() if k != "cache_dir"}
+        "settings": {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_BLOCKS}
         | {"step_batches": step_batches},
         "samples": samples,
     }
@@ -125,12 +128,6 @@ def step_batches_of(folder: Path) -> int | None:
     if not path.exists():
         return None
     return _read(path)["settings"].get("step_batches")
-
-
-def digest(tensor: Tensor) -> str:
-    """Give a short fingerprint of a tensor's bytes."""
-    held = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +31,16 @@ class LayerReport:
     error_after: float
     high_clip: float  # mean share of the range that is kept
     low_clip: float
+    seconds: float | None = None  # none where all layers of a block were trained together
 
 
 @dataclass
 class BlockReport:
     """One block: its losses by epoch, how far its output is off, and what it took.
 
-    With several processes losses and errors are of all of them together.
+    With several processes losses and errors are of all of them together. `peak_bytes` is the most
+    memory that this process had held when the block was done: of tensors on CUDA, resident
+    otherwise; none where the system does not say.
     """
 
     block: str
@@ -45,6 +50,17 @@ class BlockReport:
     losses: dict[str, list[float]] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     resumed: bool = False
+    peak_bytes: int | None = None
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Give the most memory held so far; see `BlockReport`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    # not getrusage: its figure begins with that of the process this one was forked from
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 if found else None
 
 
 @torch.no_grad()
@@ -90,6 +106,7 @@ def layer_reports(
     found: Mapping[str, Solution],
     before: Mapping[str, float],
     after: Mapping[str, float],
+    seconds: Mapping[str, float],
 ) -> list[LayerReport]:
     """Give the report of every layer of a block, whose name and a dot are `prefix`."""
     return [
@@ -101,6 +118,7 @@ def layer_reports(
             after[n],
             float(torch.sigmoid(solution.high_clip).mean()),
             float(torch.sigmoid(solution.low_clip).mean()),
+            seconds.get(n),
         )
         for n, solution in found.items()
     ]

@@ -98,7 +98,8 @@ class Calibration:
         default="float32", metadata={"help": "Of the activations between blocks."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Keep the activations in files there, not in memory."}
+        default=None,
+        metadata={"help": "Keep the activations in files there while it runs, not in memory."},
     )
     seed: int = field(default=2, metadata={"help": "Of A's initial values and of the order."})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class ModelFolder:
 
     `model` is on the meta device until `begin`. Keys are renamed and tensors fused as transformers
     does it when it loads the folder, and renamed back in what `finish` writes to `target`: a file
-    for each block, and one for all that lies outside of them.
+    for each block, and one for all that lies outside of them. `kept` then has the tensors that
+    `keep` asks for by their names in the model, on the CPU.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ModelFolder:
         auto_class: Any,
         dtype: torch.dtype | None,
         device: torch.device,
+        keep: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Build the model of a folder without its weights.
 
@@ -64,6 +66,8 @@ class ModelFolder:
         self._mapping = get_model_conversion_mapping(self.model)
         self._parts: dict[str, list[str]] = {}  # keys of the files, by block; "" is outside
         self._shards: dict[str, list[str]] = {}  # names in the files that were written
+        self.kept: dict[str, Tensor] = {}
+        self._keep = keep
         self._processes = Processes.running()
 
     def begin(self, stacks: Sequence[Stack]) -> None:
@@ -109,13 +113,14 @@ class ModelFolder:
     def finish(self, block: str) -> None:
         """Write a block and drop its tensors."""
         module = self.model.get_submodule(block)
-        self._write(block, {f"{block}.{n}": t for n, t in module.state_dict().items()})
+        self._write(block, self._kept({f"{block}.{n}": t for n, t in module.state_dict().items()}))
         module.to("meta")
 
     def finish_outside(self) -> None:
         """Write what lies outside of the blocks, and the index of all files."""
         blocks = [block for block in self._parts if block]
         state = {n: t for n, t in self.model.state_dict().items() if not _inside(n, blocks)}
+        self._kept(state)
         for key in self.model._keys_to_ignore_on_save or ():
             state.pop(key, None)
         self._write("", remove_tied_weights_from_state_dict(state, self.model))
@@ -124,6 +129,10 @@ class ModelFolder:
         index = {"metadata": {"total_size": size}, "weight_map": names}
         text = json.dumps(index, indent=2, sort_keys=True)
         self._processes.from_first(lambda: (self.target / _INDEX).write_text(text))
+
+    def _kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.kept |= {n: t.detach().cpu() for n, t in state.items() if self._keep(n)}
+        return state
 
     def _write(self, part: str, state: dict[str, Tensor]) -> None:
         state = revert_weight_conversion(self.model, state)

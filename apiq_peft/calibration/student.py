@@ -64,6 +64,10 @@ class StudentLinear(nn.Module):
         self.lora_A = nn.Parameter(start.to(weight.device))
         self.lora_B = nn.Parameter(torch.zeros(N, grid.rank, device=weight.device))
 
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Give A, B and the clipping."""
+        return self.lora_A, self.lora_B, self.quantizer.high_clip, self.quantizer.low_clip
+
     def rounded(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Give Q (N, K), differentiable in the clipping unless settled."""
         if self.settled is None:
@@ -87,21 +91,16 @@ class StudentLinear(nn.Module):
         """Give what was found, on the CPU, once it is rounded for good."""
         codes = self.codes
         assert codes is not None
-        parts = (self.lora_A, self.lora_B, self.quantizer.high_clip, self.quantizer.low_clip)
         return Solution(
             Codes(codes.codes.cpu(), codes.scales.cpu(), codes.zeros.cpu()),
-            *(p.detach().float().cpu().clone() for p in parts),
+            *(p.detach().float().cpu().clone() for p in self.trained()),
         )
 
     @torch.no_grad()
     def take(self, solution: Solution) -> None:
         """Become the layer that a solution describes."""
-        for parameter, value in (
-            (self.lora_A, solution.lora_A),
-            (self.lora_B, solution.lora_B),
-            (self.quantizer.high_clip, solution.high_clip),
-            (self.quantizer.low_clip, solution.low_clip),
-        ):
+        values = (solution.lora_A, solution.lora_B, solution.high_clip, solution.low_clip)
+        for parameter, value in zip(self.trained(), values, strict=True):
             parameter.copy_(value)
         self.codes = solution.codes
         self.settled = solution.codes.dequantize().to(self.lora_A.device)

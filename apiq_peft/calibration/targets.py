@@ -20,9 +20,12 @@ def target_names(model: nn.Module, config: ApiQConfig) -> list[str]:
     """Give the modules that `config` targets, as PEFT finds them.
 
     Raises:
-        ValueError: there is none, or one is no linear layer.
+        ValueError: there is none, or one is no linear layer; or all are targeted where there are
+            experts.
     """
     wildcard = config.target_modules == "all-linear"
+    if wildcard:
+        _refuse_experts(model)
     config = _maybe_include_all_linear_layers(config, model)
     names = [n for n, _ in model.named_modules() if n and check_target_module_exists(config, n)]
     if wildcard:  # poolers and heads, which only single tokens reach, have no block
@@ -34,6 +37,19 @@ def target_names(model: nn.Module, config: ApiQConfig) -> list[str]:
             kind = type(model.get_submodule(name)).__name__
             raise ValueError(f"{name} is a {kind}, which ApiQ cannot quantise; leave it out")
     return names
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    """Refuse a mixture of experts, most of whose weights would stay in full precision."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        named = name.rpartition(".")[2] == "experts" or kind.endswith("Experts")
+        if named and next(module.parameters(), None) is not None:
+            raise ValueError(
+                f"{name} ({kind}) holds the experts of a mixture, which are not quantised: a router"
+                " sends each only some tokens, too few of calibration samples. Name other layers"
+                " in target_modules, such as those of attention, to quantise these alone"
+            )
 
 
 def grids_of(model: nn.Module, names: list[str], config: ApiQConfig) -> dict[str, Grid]:

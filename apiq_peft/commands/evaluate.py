@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from apiq_peft.commands.models import folder_of, load, tokenizer_of
+from apiq_peft.commands.models import folder_of, load, tokenizer_of, window_of
 from apiq_peft.commands.options import (
     CommandParser,
     add_config,
@@ -28,7 +28,7 @@ from apiq_peft.commands.options import (
 from apiq_peft.evaluation import activation_errors, harness, perplexity, run_tasks, size_of
 from apiq_peft.export import ADAPTER, BASE
 from apiq_peft.folder import disk_bytes, is_quantised
-from apiq_peft.samples import tokens_of
+from apiq_peft.samples import check_length, tokens_of
 
 _DESCRIPTION = """\
 Measure a model by a text, by tasks of EleutherAI's harness, or by both, and its size in memory and
@@ -54,7 +54,9 @@ def add(commands: Any) -> None:
     parser.add_argument("model", help="quantised folder, or any causal language model")
     add_config(parser)
     parser.add_argument("--text", type=Path, help="text to predict, UTF-8")
-    parser.add_argument("--window", type=int, default=2048, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--window", type=int, help="tokens; default: 2048, or the model's positions if fewer"
+    )
     parser.add_argument("--stride", type=int, help="less than the window: windows overlap")
     parser.add_argument("--limit", type=int, help="windows, and documents of a task, at most")
     parser.add_argument(
@@ -84,6 +86,9 @@ def run(options: argparse.Namespace) -> int:
     if tokens is not None and len(tokens) < 2:
         raise ValueError(f"{options.text} has {len(tokens)} tokens, and at least 2 are needed")
     model = load(folder, device, dtype)
+    if tokens is not None:
+        options.window = window_of(folder) if options.window is None else options.window
+        check_length(model, min(options.window, len(tokens)))
     values: dict[str, Any] = {}
     if tokens is not None:
         found = perplexity(

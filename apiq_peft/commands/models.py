@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apiq_peft.export import ADAPTER, BASE
 from apiq_peft.folder import is_quantised
 
+_WINDOW = 2048  # as in the papers
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 
 
@@ -34,6 +35,13 @@ def folder_of(name: str) -> Path:
     if not is_quantised(place) and not (place / "config.json").is_file():
         raise ValueError(f"{name} has no config.json; give the folder of a model")
     return place
+
+
+def window_of(folder: Path) -> int:
+    """Give how many tokens a sample of a model has: 2048, or all its positions if it has fewer."""
+    config = AutoConfig.from_pretrained(folder / BASE if is_quantised(folder) else folder)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(_WINDOW, positions or _WINDOW)
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:

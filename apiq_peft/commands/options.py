@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.by_name: dict[str, argparse.Action] = {}
+        self.replaces: dict[str, Collection[str]] = {}  # options of a file, by that of a flag
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
@@ -68,9 +69,26 @@ def parse(parser: CommandParser, arguments: Sequence[str] | None) -> argparse.Na
     path = getattr(options, "config", None)
     if path is not None:
         chosen: CommandParser = options.parser
-        chosen.set_defaults(**_values(path, chosen.by_name))
+        values = _values(path, chosen.by_name)
+        for name in _given(parser, chosen, arguments) & chosen.replaces.keys():
+            values = {n: value for n, value in values.items() if n not in chosen.replaces[name]}
+        chosen.set_defaults(**values)
         options = parser.parse_args(arguments)
     return options
+
+
+def _given(
+    parser: CommandParser, chosen: CommandParser, arguments: Sequence[str] | None
+) -> set[str]:
+    """Give the options of the chosen command that stand on the command line itself."""
+    defaults = {name: action.default for name, action in chosen.by_name.items()}
+    try:
+        for action in chosen.by_name.values():
+            action.default = argparse.SUPPRESS
+        return vars(parser.parse_args(arguments)).keys() & defaults.keys()
+    finally:
+        for name, action in chosen.by_name.items():
+            action.default = defaults[name]
 
 
 def _values(path: Path, known: Mapping[str, argparse.Action]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from apiq_peft.calibration import PRESETS, Calibration, preset
 from apiq_peft.calibration.processes import Processes
-from apiq_peft.commands.models import folder_of, tokenizer_of
+from apiq_peft.commands.models import folder_of, tokenizer_of, window_of
 from apiq_peft.commands.options import (
     CommandParser,
     add_config,
@@ -43,7 +43,8 @@ examples:
   %(prog)s MODEL OUT --text train.txt --random-windows 2            and its way to draw samples
   %(prog)s MODEL OUT --text train.txt --preset fast --bits 4        seconds a block
   %(prog)s MODEL OUT --text train.txt --preset best --device cuda --compute-dtype bfloat16
-  %(prog)s MODEL OUT2 --config OUT/settings.json --bits 3           the same with one change"""
+  %(prog)s MODEL OUT2 --config OUT/settings.json --bits 3           the same with one change
+  %(prog)s MODEL OUT3 --config OUT/settings.json --preset fast      and with another preset"""
 
 
 def add(commands: Any) -> None:
@@ -60,7 +61,9 @@ def add(commands: Any) -> None:
     add_config(parser)
     parser.add_argument("--text", type=Path, help="calibration text, UTF-8; needed")
     parser.add_argument("--samples", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=2048, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--length", type=int, help="tokens; default: 2048, or the model's positions if fewer"
+    )
     parser.add_argument(
         "--random-windows",
         type=int,
@@ -79,8 +82,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--target-modules", nargs="+", help="default: every linear layer of blocks")
     add_machine(parser)
     parser.add_argument(
-        "--preset", default="apiq-bw", choices=list(PRESETS), help="default: %(default)s"
+        "--preset",
+        default="apiq-bw",
+        choices=list(PRESETS),
+        help="of the options below; given here, it counts more than all of them in the file of"
+        " --config. Default: %(default)s",
     )
+    parser.replaces["preset"] = {entry.name for entry in fields(Calibration)}
     for entry in fields(Calibration):
         kinds: dict[str, Any] = {"int": int, "bool": truth, "str": str, "str | None": str}
         assert entry.default is not MISSING
@@ -115,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
     source = folder_of(options.model)
     if is_quantised(source):
         raise ValueError(f"{source} is quantised already; give the model in full precision")
+    options.length = window_of(source) if options.length is None else options.length
     samples = samples_of(
         text, tokenizer_of(source), options.samples, options.length, options.random_windows
     )

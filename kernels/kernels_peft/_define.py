@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from kernels_peft.autocast import without_autocast
+
 _LIBRARY = Library("kernels_peft", "FRAGMENT")
 
 
@@ -25,7 +27,7 @@ def define(
 
     `check` raises on bad arguments, before the eager implementation and before the fake one, so an
     error is the same with and without `torch.compile`. `implementation` serves every device;
-    `cuda` takes over on CUDA and ROCm.
+    `cuda` takes over on CUDA and ROCm. All compute in the dtypes they get, autocast or not.
     """
     name = schema.partition("(")[0]
 
@@ -37,12 +39,15 @@ def define(
         return call
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, checked(implementation), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, without_autocast(checked(implementation)), "CompositeExplicitAutograd")
     if cuda is not None:
-        _LIBRARY.impl(name, checked(cuda), "CUDA")
+        _LIBRARY.impl(name, without_autocast(checked(cuda)), "CUDA")
     torch.library.register_fake(f"kernels_peft::{name}", checked(fake), lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
-            f"kernels_peft::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+            f"kernels_peft::{name}",
+            without_autocast(backward),
+            setup_context=setup_context,
+            lib=_LIBRARY,
         )
     return getattr(torch.ops.kernels_peft, name).default

@@ -167,14 +167,6 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert any(not torch.equal(t, wanted[n]) for n, t in other.state_dict().items())
 
 
-def test_activations_in_files_change_nothing(tmp_path: Path) -> None:
-    in_memory, _ = run("llama", preset("apiq-bw", epochs=1))
-    in_files, _ = run("llama", preset("apiq-bw", epochs=1, cache_dir=str(tmp_path)))
-    wanted = in_memory.state_dict()
-    assert all(torch.equal(t, wanted[n]) for n, t in in_files.state_dict().items())
-    assert list(tmp_path.glob("*.bin"))
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_arithmetic_stays_finite_with_outliers(dtype: str) -> None:
     model = tiny()
@@ -348,7 +340,7 @@ def test_a_cache_without_room_is_refused_by_name(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"layers-full-0-00000\.bin: no room for .*cache_dir"):
+    with pytest.raises(OSError, match=r"layers-full-00000\.bin: no room for .*cache_dir"):
         run("llama", preset("fast", cache_dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 

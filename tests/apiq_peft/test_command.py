@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,36 @@ def test_settings_are_written_and_can_be_given_again(model: Path) -> None:
     }
 
 
+def test_a_preset_on_the_command_line_replaces_the_settings_of_a_file(model: Path) -> None:
+    assert quantised(model, "--epochs", "1", "--lora-lr", "0.01", "--bits", "4") == 0
+    record = str(model.parent / "out" / "settings.json")
+    for out, more in (("fast", ()), ("seeded", ("--seed", "5"))):
+        place = ["quantize", str(model), str(model.parent / out), "--config", record]
+        assert main([*place, "--preset", "fast", *more]) == 0
+        used = json.loads((model.parent / out / "settings.json").read_text())["settings"]
+        assert (used["preset"], used["bits"], used["length"]) == ("fast", 4, 16)
+        settings = {n: used[n] for n in asdict(preset("fast"))}
+        assert settings == asdict(preset("fast", **({"seed": 5} if more else {})))
+
+
+def test_by_default_samples_have_no_more_tokens_than_the_model_has_positions(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("gpt2").save_pretrained(model)
+    text = ("--text", str(model.parent / "text.txt"))
+    out, sizes = str(model.parent / "out"), ("--group-size", "32", "--rank", "4")
+    run = ("quantize", str(model), out, *text, *sizes, "--samples", "2", "--preset", "fast")
+    assert "the model has 64 positions" in refused(capsys, *run, "--length", "65")
+    assert not Path(out).exists()
+    assert main(run) == 0
+    used = json.loads((Path(out) / "settings.json").read_text())["settings"]
+    assert used["length"] == 64
+    assert main(["evaluate", out, *text]) == 0
+    assert last_line(capsys)["tokens"] == (400 // 64) * 63
+    message = refused(capsys, "evaluate", out, *text, "--window", "65")
+    assert "the model has 64 positions" in message
+
+
 def test_options_in_yaml(model: Path) -> None:
     pytest.importorskip("yaml")
     config = model.parent / "options.yaml"
@@ -256,6 +287,7 @@ def test_interrupted_and_repeated(model: Path, monkeypatch: pytest.MonkeyPatch) 
         (("--samples", "500"), "has 400 tokens, but 500 x 16 = 8000 are needed"),
         (("--random-windows", "1", "--length", "401"), "has 400 tokens, but 1 x 401 = 401"),
         (("--samples", "0"), "0 samples of 16 tokens"),
+        (("--length", "0"), "4 samples of 0 tokens"),
         (("--bits", "5"), "argument --bits: invalid choice"),
         (("--group-size", "48"), "group_size 48 does not divide"),
         (("--rank", "0"), "rank is 0"),

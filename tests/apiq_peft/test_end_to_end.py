@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from apiq_peft import (
     quantize,
     quantize_folder,
 )
+from apiq_peft.calibration.processes import Processes
 from tests.apiq_peft._models import KINDS, VOCABULARY
 
+MODULE = import_module("apiq_peft.quantize")  # whose function hides it
 CONFIG = {"bits": 2, "group_size": 32, "r": 4, "lora_alpha": 4}
 
 
@@ -143,5 +147,58 @@ def test_a_loss_that_is_not_finite_says_so() -> None:
     model = _model()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(CalibrationError, match="last pass is nan in epoch 1"):
+    with pytest.raises(CalibrationError, match="last pass is nan in epoch 1, step 1"):
         quantize(model, _samples(), ApiQConfig(**CONFIG), _settings(), show_progress=False)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_last_pass_that_fails_leaves_the_blocks_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    _model().save_pretrained(tmp_path / "full")
+
+    def run(out: str, settings: Calibration) -> Any:
+        place = (tmp_path / "full", tmp_path / out, _samples(), ApiQConfig(**CONFIG))
+        return quantize_folder(*place, settings, show_progress=False)
+
+    def interrupted(*_: Any) -> None:
+        raise CalibrationError("the loss of the last pass is nan")
+
+    with monkeypatch.context() as patch:
+        if moved:  # the adapter of the first pass is in its place, the base is not yet
+            patch.setattr(os, "replace", _all_but("base", os.replace, interrupted))
+        else:
+            patch.setattr(MODULE, "end_to_end", interrupted)
+        with pytest.raises(CalibrationError, match="last pass"):
+            run("out", _settings(1))
+    assert (tmp_path / "out/adapter").exists() == moved
+    reports = run("out", _settings(2, final_lr=1e-3))
+    assert all(report.resumed for report in reports)
+    run("whole", _settings(2, final_lr=1e-3))
+    name = "adapter/adapter_model.safetensors"
+    found, wanted = (load_file(tmp_path / out / name) for out in ("out", "whole"))
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+def _all_but(name: str, real: Any, other: Any) -> Any:
+    return lambda a, b: (other if Path(b).name == name else real)(a, b)
+
+
+def test_a_folder_that_some_process_does_not_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(Processes):
+        """The second of two, on another node."""
+
+        def from_first(self, action: Any) -> Any:
+            return None
+
+        def add(self, tensors: Any) -> None:
+            pass
+
+    monkeypatch.setattr(MODULE, "_PATIENCE", 0.0)
+    monkeypatch.setattr(Processes, "running", lambda: Elsewhere(1, 2))
+    _model().save_pretrained(tmp_path / "full")
+    run = (tmp_path / "full", tmp_path / "out", _samples(), ApiQConfig(**CONFIG), _settings(1))
+    with pytest.raises(ValueError, match="file system that all nodes share, or set final_epochs"):
+        quantize_folder(*run, show_progress=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,23 @@ def test_the_plain_pair_gives_the_same_logits_without_this_library(tmp_path: Pat
     wanted = outputs(model, tokens())
     export_plain(model, tmp_path / "pair", torch.float32)
     assert error(read_by_anyone(tmp_path / "pair", tmp_path), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["in memory", "loaded"])
+def test_layers_that_were_conv1d_are_again(tmp_path: Path, again: bool) -> None:
+    model = adapted("gpt2", bits=4)
+    wanted = outputs(model, tokens())
+    if again:
+        model.save_pretrained(tmp_path / "adapter")
+        model.unload().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    export_plain(model, tmp_path / "pair", torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / "base")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fan_in_fan_out")  # if it does not fit the base
+        plain = PeftModel.from_pretrained(base, str(tmp_path / "pair" / "adapter")).eval()
+    assert error(outputs(plain, tokens()), wanted) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "t5"])

@@ -79,6 +79,16 @@ def test_the_copy_is_not_saved_and_may_be_copied(layer: PackedLinear) -> None:
     torch.testing.assert_close(layer.half()(x.half()).float(), first, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_last_of_many_positions(bits: int) -> None:
+    layer = pack_layer(nn.Linear(128, 64), bits, 64, "asymmetric").eval()
+    x, lora_a, lora_b = torch.randn(2, 5, 128).bfloat16(), torch.randn(4, 128), torch.randn(64, 4)
+    with torch.no_grad():
+        last = layer.product(x[:, -1], lora_a, lora_b, 1.0, x[:, -1])
+        same = layer.product(x[:, -1].contiguous(), lora_a, lora_b)
+    assert torch.equal(last, same)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bfloat16_has_a_copy_of_its_own_for_more_rows(bits: int) -> None:
     torch.manual_seed(0)

@@ -246,7 +246,8 @@ def test_a_model_that_was_read_is_trained_and_saved_as_ours(tmp_path: Path) -> N
     model = load_gptq(tmp_path / "theirs", dtype=torch.float32)
     assert model.is_quantized
     bare = outputs(model, tokens())
-    adapted = get_peft_model(model, ApiQConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    grid: Any = {"bits": 3, "group_size": 32, "scheme": model.config.quantization_config.scheme}
+    adapted = get_peft_model(model, ApiQConfig(**grid, r=4, target_modules=["q_proj", "up_proj"]))
     adapted.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     moved = {n for n, p in adapted.named_parameters() if p.grad is not None}
     assert moved

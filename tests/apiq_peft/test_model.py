@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -171,6 +171,9 @@ def test_several_adapters_share_the_codes(tmp_path: Path) -> None:
     with torch.no_grad():
         rows = model(input_ids=tokens(2), adapter_names=["default", "second"]).logits
     assert torch.equal(rows[1], mixed[1])
+    learnt = model(input_ids=tokens(2), adapter_names=["default", "second"]).logits
+    torch.testing.assert_close(learnt, rows)
+    learnt.sum().backward()
     model.set_adapter("default")
     assert torch.equal(outputs(model, tokens()), first)
 
@@ -251,11 +254,24 @@ def test_road_rotates_the_outputs_of_packed_layers() -> None:
         ({"group_size": 1}, "group_size is 1"),
         ({"bits_pattern": {"q_proj": 7}}, "bits is 7"),
         ({"use_dora": True}, "use_dora is True; ApiQ trains a plain LoRA"),
+        ({"kasa_config": KasaConfig()}, "kasa_config is .*; ApiQ trains a plain LoRA"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights is '{start}', which needs a base in")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "lora_ga")
+        ),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("start", [False, "gaussian", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_plain_lora(start: Any) -> None:
+    model = get_peft_model(tiny(), config(init_lora_weights=start)).eval()
+    with model.disable_adapter():
+        bare = outputs(model, tokens())
+    assert torch.allclose(outputs(model, tokens()), bare, atol=1e-4) == (start is not False)
 
 
 def test_layers_that_do_not_fit_are_refused_by_name() -> None:

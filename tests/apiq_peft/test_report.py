@@ -24,8 +24,9 @@ REPORTS = [
         {"block": [4.0, 3.0, 2.0]},
         [
             LayerReport("layers.0.attn.q", 2, 64, 0.4, 0.1, 0.9, 0.8),
-            LayerReport("layers.0.mlp.up", 3, 32, 0.6, 0.3, 0.7, 0.6),
+            LayerReport("layers.0.mlp.up", 3, 32, 0.6, 0.3, 0.7, 0.6, 0.75),
         ],
+        peak_bytes=3 * 2**20,
     ),
     BlockReport(
         "layers.1",
@@ -61,7 +62,8 @@ def test_the_csv_has_a_row_for_each_block_and_each_layer(tmp_path: Path) -> None
     assert [row["error_after"] for row in found] == ["0.25", "0.1", "0.3", "0.375", "0.2"]
     assert [row["last_loss"] for row in found] == ["2.0", "", "", "", "6.0"]
     assert [row["first_loss"] for row in found] == ["4.0", "", "", "", "8.0"]
-    assert [row["seconds"] for row in found] == ["1.5", "", "", "2.5", ""]
+    assert [row["seconds"] for row in found] == ["1.5", "", "0.75", "2.5", ""]
+    assert [row["peak_bytes"] for row in found] == ["3145728", "", "", "", ""]
     assert [row["bits"] for row in found] == ["", "2", "3", "", "2"]
 
 
@@ -76,9 +78,10 @@ def test_the_tables_tell_blocks_and_kinds() -> None:
         (line,) = (line for line in lines if f" {first} " in line)
         return [cell.strip() for cell in line.strip("│").split("│")]
 
-    assert cells("layers.0") == ["layers.0", "0.5000", "0.2500", "1.5"]
-    assert cells("layers.1") == ["layers.1", "0.7500", "0.3750", "resumed"]
-    assert cells("q") == ["q", "2", "0.3000", "0.1500", "0.7000", "0.6000"]
+    assert cells("layers.0") == ["layers.0", "0.5000", "0.2500", "1.5", "3"]
+    assert cells("layers.1") == ["layers.1", "0.7500", "0.3750", "resumed", "-"]
+    assert cells("q") == ["q", "2", "0.3000", "0.1500", "0.7000", "0.6000", "the block's"]
+    assert cells("up") == ["up", "1", "0.6000", "0.3000", "0.7000", "0.6000", "0.8"]
 
 
 @pytest.mark.parametrize("preset_name", ["apiq-bw", "apiq-lw", "fast"])
@@ -97,6 +100,13 @@ def test_the_report_of_a_calibration(tmp_path: Path, preset_name: str) -> None:
     assert trained == {"apiq-bw": {False}, "apiq-lw": {True}, "fast": set()}[preset_name]
     assert len(found) == 2 * (1 + 7)
     assert [k.layers for k in kinds_of(reports)] == [2] * 7
+    apart = preset_name != "apiq-bw"  # each layer is worked on by itself
+    assert all(bool(row["seconds"]) == apart for row in found if row["layer"])
+    for report in reports:
+        assert sum(layer.seconds or 0 for layer in report.layers) <= report.seconds
+        if Path("/proc/self/status").exists():
+            assert report.peak_bytes is not None
+            assert 2**20 < report.peak_bytes < 2**40
 
 
 def test_the_plot_is_a_png_that_depends_on_the_numbers(tmp_path: Path) -> None:

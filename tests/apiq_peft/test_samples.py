@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from apiq_peft import ApiQConfig, preset, quantize
 from apiq_peft.samples import samples_of, tokens_of
+from tests.apiq_peft._models import tiny, tokens
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -83,3 +85,16 @@ def test_what_cannot_be_drawn_is_refused(
 def test_what_is_no_text_is_refused(tokenizer: Any) -> None:
     with pytest.raises(TypeError, match="text 1 is NoneType"):
         tokens_of(["w1", None], tokenizer)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"), [("gpt2", 64), ("opt", 64), ("roberta", 68), ("bart", 64)]
+)
+def test_samples_longer_than_a_table_of_positions_are_refused(kind: str, positions: int) -> None:
+    model = tiny(kind)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    config = ApiQConfig(group_size=32, r=4)
+    with pytest.raises(ValueError, match=f"{positions + 1} tokens.* {positions} positions"):
+        quantize(model, tokens(1, positions + 1), config, preset("fast"), show_progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    quantize(model, tokens(1, positions), config, preset("fast"), show_progress=False)

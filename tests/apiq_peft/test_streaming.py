@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -53,9 +54,11 @@ def held(folder: Path) -> dict[str, Tensor]:
     return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
-def in_memory(source: Path, out: Path, auto_class: Any, dtype: Any = "auto") -> None:
+def in_memory(
+    source: Path, out: Path, auto_class: Any, dtype: Any = "auto", **changes: Any
+) -> None:
     model = auto_class.from_pretrained(source, dtype=dtype)
-    found, _ = quantize(model, tokens(4), config(), SETTINGS, show_progress=False)
+    found, _ = quantize(model, tokens(4), config(**changes), SETTINGS, show_progress=False)
     found.save_pretrained(str(out / "adapter"))
     found.unload().save_pretrained(out / "base")
 
@@ -65,10 +68,10 @@ def test_the_files_are_those_of_a_model_in_memory(kind: str, tmp_path: Path) -> 
     auto_class = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     source, out = saved(kind, tmp_path / "source"), tmp_path / "out"
     assert len(list(source.glob("*.safetensors"))) > 1
-    in_memory(source, tmp_path / "memory", auto_class)
-    reports = quantize_folder(
-        source, out, tokens(4), config(), SETTINGS, auto_class=auto_class, show_progress=False
-    )
+    changes = {"target_modules": ["q_proj", "o_proj"]} if kind == "mixtral" else {}
+    in_memory(source, tmp_path / "memory", auto_class, **changes)
+    run = (source, out, tokens(4), config(**changes), SETTINGS)
+    reports = quantize_folder(*run, auto_class=auto_class, show_progress=False)
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "base"]
     assert all(report.error_after < report.error_before for report in reports)
     for part in ("base", "adapter"):
@@ -94,10 +97,44 @@ def test_the_files_are_those_of_a_model_in_memory(kind: str, tmp_path: Path) -> 
 
 
 def run(source: Path, out: Path, **options: Any) -> Any:
-    settings = options.pop("settings", SETTINGS)
+    settings, changes = options.pop("settings", SETTINGS), options.pop("adapter", {})
     return quantize_folder(
-        source, out, tokens(4), config(), settings, show_progress=False, **options
+        source, out, tokens(4), config(**changes), settings, show_progress=False, **options
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules_to_save": ["lm_head"], "lora_bias": True},
+        {"modules_to_save": ["input_layernorm"], "bias": "all"},
+        {"task_type": "SEQ_CLS"},
+    ],
+)
+def test_what_an_adapter_holds_beside_its_factors_is_written(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto_class = AutoModelForCausalLM
+    if "task_type" in changes:
+        auto_class = AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    auto_class.from_config(tiny("qwen2").config).save_pretrained(source)
+    monkeypatch.setitem(globals(), "SETTINGS", preset("fast"))
+    in_memory(source, tmp_path / "memory", auto_class, torch.bfloat16, **changes)
+    run(source, tmp_path / "out", adapter=changes, auto_class=auto_class, dtype=torch.bfloat16)
+    wanted, found = (held(tmp_path / part / "adapter") for part in ("memory", "out"))
+    assert found.keys() == wanted.keys()
+    assert len(found) > 28  # A and B of two blocks
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype
+
+
+def test_an_adapter_that_needs_the_whole_model_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainable_token_indices is \[1\].*quantize"):
+        run(tmp_path, tmp_path / "out", adapter={"trainable_token_indices": [1]})
+    assert not (tmp_path / "out").exists()
 
 
 def killed_at(where: str) -> Any:

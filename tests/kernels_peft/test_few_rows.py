@@ -71,6 +71,15 @@ def test_words_are_as_exact_as_a_weight_in_bfloat16(
     assert (found - exact).norm() < 2 * (rounded - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", FORMATS)
+def test_rows_may_lie_apart(bits: int, dtype: torch.dtype) -> None:
+    weight = packed(bits, 64, 32, 32)
+    x = torch.randn(2, 3, 64).to(dtype)[:, -1]
+    held = copy_for(bits, 32, dtype).of(*weight)
+    assert torch.equal(held.product(x), held.product(x.contiguous()))
+
+
 def test_the_copy_is_chosen_by_width_group_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert copy_for(4, 64, torch.bfloat16) is copy_for(3, 32, torch.bfloat16) is Words

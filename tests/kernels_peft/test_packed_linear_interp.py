@@ -190,3 +190,15 @@ def test_what_the_kernels_do_not_serve_takes_the_path_of_torch(
     assert packed_sizes(packed.qweight, 4) == weight.shape
     dx = packed_linear_backward_triton(expected, *packed, 4)
     assert_close(dx, expected @ weight.t(), "gradient of x")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_results_are_not_views(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "FUSED_ROWS", 8 if fused else 0)
+    packed, (lora_a, lora_b) = make_packed(2), adapter(64, 96, 4)
+    x, grad = torch.randn(2, 3, 64), torch.randn(2, 3, 96)
+    y = packed_linear_triton(x, *packed, None, 2, lora_a, lora_b)
+    dx = packed_linear_backward_triton(grad, *packed, 2, grad @ lora_b, lora_a)
+    assert (y.shape, dx.shape) == (grad.shape, x.shape)
+    assert not y._is_view()
+    assert not dx._is_view()

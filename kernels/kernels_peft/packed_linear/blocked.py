@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_peft.outputs import in_shape
 from kernels_peft.packed_linear.reference import (
     dequantize_reference,
     packed_linear_reference,
@@ -67,7 +68,7 @@ def packed_linear_blocked(
     if lora_a is not None and lora_b is not None:
         low = F.linear(rows if lora_x is None else _rows(lora_x), lora_a.to(rows.dtype))
         y.addmm_(low, lora_b.to(rows.dtype).t(), alpha=scale)
-    return y.to(x.dtype).view(*x.shape[:-1], N)
+    return in_shape(y.to(x.dtype), (*x.shape[:-1], N))
 
 
 def packed_linear_backward_blocked(
@@ -98,7 +99,7 @@ def packed_linear_backward_blocked(
     if d_low is not None and lora_a is not None:
         low = d_low.reshape(len(dx), lora_a.shape[0]).to(dx.dtype)
         dx.addmm_(low, lora_a.to(dx.dtype))
-    return dx.to(grad.dtype).view(*grad.shape[:-1], K)
+    return in_shape(dx.to(grad.dtype), (*grad.shape[:-1], K))
 
 
 def dequantize_blocked(

@@ -120,7 +120,8 @@ class Words:
             x: (M, K), bfloat16. Returns (M, N), bfloat16.
         """
         group_size = x.shape[1] // len(self.grid)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.words, group_size, self.grid)
+        rows = x.contiguous()  # torch's product takes no other
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.words, group_size, self.grid)
 
 
 Copy: TypeAlias = "type[AlongOutputs] | type[Words]"

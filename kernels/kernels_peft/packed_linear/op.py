@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_peft._define import define
+from kernels_peft.autocast import in_autocast_dtype
 from kernels_peft.packed_linear.blocked import dequantize_blocked, packed_linear_backward_blocked
 from kernels_peft.packed_linear.by_slot import (
     low_rank_by_slot_backward_torch,
@@ -51,6 +52,8 @@ def packed_linear(
     replays with what the slots and the stacks hold by then; a slot of S or more, an error on a CPU,
     stands for no adapter there.
 
+    Under autocast x, bias and lora_x are cast to its dtype first, as by torch's own linear layer.
+
     Shapes:
         x: (..., K), any float dtype. qweight: (K bits / 32, N), int32. qzeros: (G, N bits / 32),
         int32. scales: (G, N), any float dtype. bias: (N,) in the dtype of x. lora_a: A, (r, K), and
@@ -63,6 +66,7 @@ def packed_linear(
     Source:
         ApiQ (arXiv:2402.05147); the tensors of GPTQ's format 2, a run of 32 codes to `bits` words.
     """
+    x, bias, lora_x = in_autocast_dtype(x, bias, lora_x)
     lora_a, lora_b = (t if t is None else t.to(x.dtype) for t in (lora_a, lora_b))
     return _PACKED_LINEAR(
         x, qweight, qzeros, scales, bias, bits, lora_a, lora_b, float(scale), lora_x, slots
@@ -100,6 +104,7 @@ def packed_linear_rotated(
     Source:
         RoAd (arXiv:2409.00119), eq. 4, on a layer of ApiQ (arXiv:2402.05147).
     """
+    x, bias, lora_x = in_autocast_dtype(x, bias, lora_x)
     packed = (qweight, qzeros, scales, bias, bits)
     trainable = (x, bias, lora_a, lora_b, lora_x, table)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trainable):

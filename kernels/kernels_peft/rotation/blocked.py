@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels_peft.outputs import in_shape
+
 BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32; a few such blocks fit in the last-level cache
 
 
@@ -94,9 +96,14 @@ def _from_output(
     )
     det = a * d + b * c
     return (
-        torch.stack(((d * low + b * low_high) / det, (a * high - c * high_low) / det), 1).flatten(),
-        torch.stack(((a * low_high - c * low) / det, (d * high_low + b * high) / det), 1).flatten(),
+        _interleaved((d * low + b * low_high) / det, (a * high - c * high_low) / det),
+        _interleaved((a * low_high - c * low) / det, (d * high_low + b * high) / det),
     )
+
+
+def _interleaved(low: Tensor, high: Tensor) -> Tensor:
+    """Undo `_halves`, in new memory."""
+    return in_shape(torch.stack((low, high), 1), (2 * low.numel(),))
 
 
 def _blocks(n: int, source: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor, ...]]:

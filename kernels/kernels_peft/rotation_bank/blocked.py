@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels_peft.outputs import in_shape
 from kernels_peft.rotation.blocked import BLOCK_ELEMENTS
 
 
@@ -53,7 +54,7 @@ def rotate_by_slot_blocked(
         if x.dim() != 3 or x.shape[0] != len(chosen):
             cut = cut.view(len(chosen), -1, x.shape[-1])
         y = _rotate_block(cut, table, slots, _parts(chosen, sizes), transposed)
-        return y if y.shape == x.shape else y.view(x.shape)
+        return y if y.shape == x.shape else in_shape(y, x.shape)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     cut = x.reshape(len(chosen), -1, x.shape[-1])
     target = out.view(cut.shape)
@@ -215,7 +216,7 @@ def _rotate_rows(
         to_low.addcmul_(high, second_low, value=-1)
         to_high.addcmul_(low, second_high)
     if out is None:
-        turned = turned.view(x.shape)
+        turned = in_shape(turned, x.shape)
         return turned if turned.dtype == x.dtype else turned.to(x.dtype)
     return out if out.dtype == table.dtype else out.copy_(turned.view(x.shape))
 

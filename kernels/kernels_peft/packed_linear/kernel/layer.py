@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels_peft.outputs import in_shape
 from kernels_peft.packed_linear.blocked import packed_linear_backward_blocked
 from kernels_peft.packed_linear.by_slot import (
     low_rank_by_slot_backward_torch,
@@ -51,7 +52,7 @@ def packed_linear_triton(
         )
     shape = (*x.shape[:-1], qweight.shape[1])
     packed = (qweight, qzeros, scales, bits)
-    return _layer(x, packed, bias, lora_a, lora_b, scale, lora_x, slots, None).view(shape)
+    return in_shape(_layer(x, packed, bias, lora_a, lora_b, scale, lora_x, slots, None), shape)
 
 
 def packed_linear_rotated_triton(
@@ -83,7 +84,7 @@ def packed_linear_rotated_triton(
         )
     shape = (*x.shape[:-1], qweight.shape[1])
     packed = (qweight, qzeros, scales, bits)
-    return _layer(x, packed, bias, lora_a, lora_b, scale, lora_x, slots, rotation).view(shape)
+    return in_shape(_layer(x, packed, bias, lora_a, lora_b, scale, lora_x, slots, rotation), shape)
 
 
 def packed_linear_backward_triton(
@@ -111,13 +112,13 @@ def packed_linear_backward_triton(
         dx = rows @ dequantize_triton(qweight, qzeros, scales, bits, grad.dtype).t()
         if low is not None and lora_a is not None:
             dx.addmm_(low, lora_a)
-        return dx.view(shape)
+        return in_shape(dx, shape)
     with torch.cuda.device_of(grad):
         parts = product_in_parts(rows, qweight, qzeros, scales, bits, transposed=True)
         if low is None or lora_a is None:
-            return finish(parts, grad.dtype).view(shape)
+            return in_shape(finish(parts, grad.dtype), shape)
         branch = LowRank(low.contiguous()[None], lora_a.t())
-        return finish(parts, grad.dtype, low_rank=branch).view(shape)
+        return in_shape(finish(parts, grad.dtype, low_rank=branch), shape)
 
 
 def low_rank_by_slot_backward_triton(
@@ -150,7 +151,7 @@ def low_rank_by_slot_backward_triton(
         if input_grad:
             none = d_low.new_empty((0, len(g_rows), shape[-1]))
             branch = LowRank(d_low[None], lora_a.mT, slots=slots)
-            dx = finish(none, grad.dtype, low_rank=branch).view(shape)
+            dx = in_shape(finish(none, grad.dtype, low_rank=branch), shape)
         if x is not None:
             x_rows = as_rows(x)
             low = low_rank_in_parts(x_rows, lora_a, slots).sum(0).to(x.dtype)
@@ -169,7 +170,7 @@ def _outer_by_slot(low: Tensor, rows: Tensor, slots: Tensor, count: int) -> Tens
     every = torch.arange(count, device=slots.device)
     own = (slots[:, None] == every)[:, :, None]
     spread = torch.where(own, low[:, None, :], 0).flatten(1)
-    return (spread.t() @ rows).view(count, low.shape[1], rows.shape[1])
+    return in_shape(spread.t() @ rows, (count, low.shape[1], rows.shape[1]))
 
 
 def _fused(rows: Tensor) -> bool:
@@ -210,4 +211,4 @@ def _layer(
 
 
 def _rotate(y: Tensor, x: Tensor, rotation: Rotation) -> Tensor:
-    return rotate_by_slot_triton(y.view(*x.shape[:-1], -1), *rotation).view(y.shape)
+    return in_shape(rotate_by_slot_triton(y.view(*x.shape[:-1], -1), *rotation), y.shape)
