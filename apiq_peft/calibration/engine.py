@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from apiq_peft.calibration.activations import Activations, Cache
 from apiq_peft.calibration.block import Training, Work, calibrate_block
@@ -327,5 +328,7 @@ class _Run:
         """Put a packed layer into the block."""
         parent, _, child = name.rpartition(".")
         module: Any = block.get_submodule(name)
-        packed = PackedLinear.from_codes(solution.codes, bits, module.bias, module.weight.dtype)
+        packed = PackedLinear.from_codes(
+            solution.codes, bits, module.bias, module.weight.dtype, isinstance(module, Conv1D)
+        )
         setattr(block.get_submodule(parent), child, packed.to(self.device))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from apiq_peft import ApiQConfig
+from apiq_peft import ApiQConfig, preset, quantize
 from apiq_peft.checkpoint import packed_layers
 from apiq_peft.export import export_gptq, export_plain
 from apiq_peft.gptq import load_gptq
@@ -78,11 +78,16 @@ def test_the_plain_pair_gives_the_same_logits_without_this_library(tmp_path: Pat
     assert error(read_by_anyone(tmp_path / "pair", tmp_path), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["in memory", "loaded"])
-def test_layers_that_were_conv1d_are_again(tmp_path: Path, again: bool) -> None:
-    model = adapted("gpt2", bits=4)
+@pytest.mark.parametrize("way", ["in memory", "loaded", "calibrated"])
+def test_layers_that_were_conv1d_are_again(tmp_path: Path, way: str) -> None:
+    if way == "calibrated":
+        config = ApiQConfig(bits=4, group_size=32, r=4)
+        model = quantize(tiny("gpt2"), tokens(), config, preset("fast"), show_progress=False)[0]
+        model.eval()
+    else:
+        model = adapted("gpt2", bits=4)
     wanted = outputs(model, tokens())
-    if again:
+    if way == "loaded":
         model.save_pretrained(tmp_path / "adapter")
         model.unload().save_pretrained(tmp_path / "base")
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
