@@ -82,4 +82,4 @@ def permutation_test(
     for _ in range(draws):
         mixed = chance.permutation(values)
         hits += mixed[len(smaller) :].mean() - mixed[: len(smaller)].mean() >= gap - 1e-12
-    return {"difference": gap, "p": (hits + 1) / (draws + 1)}
+    return {"difference": gap, "p": (int(hits) + 1) / (draws + 1)}

@@ -265,6 +265,7 @@ def test_the_permutation_test_is_one_sided() -> None:
     assert found["difference"] == pytest.approx(0.675)
     assert found["p"] == pytest.approx(1 / 70, abs=0.008)  # one of the 70 ways to part eight
     assert represent.permutation_test(large, small, 500, 0)["p"] > 0.9
+    assert type(found["p"]) is float  # of another kind, what is judged by it is no JSON
     assert represent.permutation_test([], small, 10, 0) is None
 
 
