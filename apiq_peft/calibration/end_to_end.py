@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +13,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from apiq_peft.calibration.capture import Batch, Given, giving
-from apiq_peft.calibration.finite import (
-    RETRY_RATE,
-    CalibrationError,
-    LastSound,
-    all_finite,
-    first_not_finite,
-    in_layer,
-)
+from apiq_peft.calibration.finite import LastSound, all_finite, first_not_finite, in_layer
 from apiq_peft.calibration.fitting import schedule
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import Calibration
-
-_log = logging.getLogger(__name__)
 
 
 def end_to_end(
@@ -57,7 +47,7 @@ def end_to_end(
     factors = {name: _factors(layer) for name, layer in layers.items()}
     trained = [p for held in factors.values() for p in held]
     device = trained[0].device
-    sound, rate = LastSound(trained), 1.0
+    sound = LastSound(trained)
     optimizer = torch.optim.AdamW(trained, lr=settings.final_lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(settings.seed)
     groups = processes.steps(len(batches))
@@ -91,7 +81,7 @@ def end_to_end(
                     layer = first_not_finite(layers, loss_of, groups[group])
                     break
                 for one in optimizer.param_groups:
-                    one["lr"] = rate * settings.final_lr * schedule("cosine", 0.1, share)
+                    one["lr"] = sound.rate * settings.final_lr * schedule("cosine", 0.1, share)
                 processes.average([p.grad for p in trained if p.grad is not None])
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
@@ -108,16 +98,12 @@ def end_to_end(
                 sound.keep()
                 continue
             optimizer.zero_grad(set_to_none=True)
-            sound.restore()
-            wrong += f" in epoch {len(losses) + 1}, step {number + 1}{in_layer(layer)}"
-            if rate < 1:
-                raise CalibrationError(
-                    f"{wrong}, also at a tenth of the rate; lower final_lr, or set final_epochs to"
-                    " 0: blocks that were kept in a folder are not calibrated again"
-                )
-            _log.warning("%s; going on from the epoch before at a tenth of the rate", wrong)
-            rate = RETRY_RATE
-            optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+            sound.restore(
+                f"{wrong} in epoch {len(losses) + 1}, step {number + 1}{in_layer(layer)}",
+                "lower final_lr, or set final_epochs to 0: blocks that were kept in a folder are"
+                " not calibrated again",
+            )
+            optimizer = torch.optim.AdamW(trained, lr=settings.final_lr, weight_decay=0.0)
             bar.reset()
             bar.update(len(losses) * len(groups))
     return losses

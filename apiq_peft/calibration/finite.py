@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RETRY_RATE = 0.1  # of the learning rates, after the first step that was not finite
+_RETRY_RATE = 0.1
+_log = logging.getLogger(__name__)
 
 
 class CalibrationError(RuntimeError):
@@ -17,10 +19,13 @@ class CalibrationError(RuntimeError):
 
 
 class LastSound:
-    """The values that parameters had when all of them were last known to be finite."""
+    """The values that parameters had when all of them were last known to be finite.
+
+    `rate` is what learning rates are to be multiplied by: a tenth once values were restored.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+        self._parameters, self.rate = parameters, 1.0
         self.keep()
 
     def keep(self) -> None:
@@ -28,10 +33,18 @@ class LastSound:
         self._values = [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to them."""
+    def restore(self, wrong: str, advice: str) -> None:
+        """Go back to them, since of what came after something is `wrong`.
+
+        Raises:
+            CalibrationError: it happens a second time.
+        """
         for parameter, value in zip(self._parameters, self._values, strict=True):
             parameter.copy_(value)
+        if self.rate < 1:
+            raise CalibrationError(f"{wrong}, also at a tenth of the learning rate; {advice}")
+        _log.warning("%s; going on from the epoch before at a tenth of the learning rate", wrong)
+        self.rate = _RETRY_RATE
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

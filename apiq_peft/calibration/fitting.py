@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from apiq_peft.calibration.finite import (
-    RETRY_RATE,
-    CalibrationError,
-    LastSound,
-    all_finite,
-    first_not_finite,
-    in_layer,
-)
+from apiq_peft.calibration.finite import LastSound, all_finite, first_not_finite, in_layer
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import StudentLinear
-
-_log = logging.getLogger(__name__)
 
 
 def fit(
@@ -49,11 +39,11 @@ def fit(
     clips = [p for s in students for p in (s.quantizer.high_clip, s.quantizer.low_clip)]
     loras = [p for s in students for p in (s.lora_A, s.lora_B)]
     parameters = [*clips, *loras]
-    rate, losses, epoch = 1.0, [], 0
+    losses, epoch = [], 0
     sound = LastSound(parameters)
     steps = processes.steps(len(weights))
     order = list(range(len(steps)))
-    optimizer = _optimizer(clips, loras, settings, rate)
+    optimizer = _optimizer(clips, loras, settings, sound.rate)
     while epoch < settings.epochs:
         if settings.shuffle:
             order = torch.randperm(len(steps), generator=generator).tolist()
@@ -88,18 +78,13 @@ def fit(
             sound.keep()
             progress(epoch, losses[-1])
             continue
-        sound.restore()
         of = in_layer(layer) if len(layers) > 1 else ""  # else `where` names it
-        wrong = f"{where}: {wrong} in epoch {epoch + 1}, step {step + 1}{of}"
-        if rate < 1:
-            raise CalibrationError(
-                f"{wrong}, also at a tenth of the rates; lower clip_lr and lora_lr, or set"
-                " compute_dtype and cache_dtype to float32 if activations are too large for a"
-                " narrower one"
-            )
-        _log.warning("%s; going on from the epoch before at a tenth of the rates", wrong)
-        rate = RETRY_RATE
-        optimizer = _optimizer(clips, loras, settings, rate)
+        sound.restore(
+            f"{where}: {wrong} in epoch {epoch + 1}, step {step + 1}{of}",
+            "lower clip_lr and lora_lr, or set compute_dtype and cache_dtype to float32 if"
+            " activations are too large for a narrower one",
+        )
+        optimizer = _optimizer(clips, loras, settings, sound.rate)
     for parameter in parameters:
         parameter.grad = None
     return losses
