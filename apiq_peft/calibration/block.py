@@ -29,7 +29,8 @@ class Work:
 
     `full` and `quantized` are the states that enter it in the full-precision and the quantised
     model; `teacher` is the block itself, `student` its copy, `layers` the students' layers. All is
-    of the batches of this process.
+    of the batches of this process, one of `processes` that share them; `spread` are those that
+    share the layers of one input.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Work:
     device: torch.device
     generator: torch.Generator
     processes: Processes
+    spread: Processes
     cache: Cache
 
     @property
@@ -196,7 +198,63 @@ def _fit_group(
     progress: Callable[[str, int, float], None],
 ) -> None:
     """Train the layers of one input one after the other, then round them for good."""
+    orders = {name: _generator(work.generator) for name in group}
+    _spread(work, group, done, progress, lambda own: _fit_own(work, own, orders, done, progress))
+    for name in group:
+        work.layers[name].settle()
+
+
+def _generator(parent: torch.Generator) -> torch.Generator:
+    seed = torch.randint(2**62, (), generator=parent)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _spread(
+    work: Work,
+    group: list[str],
+    done: Training,
+    progress: Callable[[str, int, float], None],
+    solve: Callable[[list[str]], dict[str, list[float]]],
+) -> None:
+    """Let every process solve some layers of one input; then all have all of them.
+
+    `solve` gives the losses of the layers whose names it is given.
+
+    Raises:
+        CalibrationError: on all processes, if one of them failed.
+    """
+    own, alone = group[work.spread.rank :: work.spread.count], work.spread.count == 1
+    losses, failure = dict[str, list[float]](), None
+    try:
+        losses = solve(own) if own else {}
+    except CalibrationError as error:
+        if alone:
+            raise
+        failure = str(error)
+    seconds = {name: done.seconds[name] for name in own if name in done.seconds}
+    for failed, of, took in work.spread.gather((failure, losses, seconds)):
+        if failed is not None:
+            raise CalibrationError(failed)
+        losses |= of
+        done.seconds |= took
+    for number, name in enumerate(group):
+        work.spread.copy_from(number % work.spread.count, work.layers[name].trained())
+        if name in losses:
+            done.losses[name] = losses[name]
+        for epoch, loss in enumerate(losses.get(name, ()) if name not in own else ()):
+            progress(name, epoch + 1, loss)
+
+
+def _fit_own(
+    work: Work,
+    group: list[str],
+    orders: dict[str, torch.Generator],
+    done: Training,
+    progress: Callable[[str, int, float], None],
+) -> dict[str, list[float]]:
+    """Train some layers of one input; give their losses."""
     started = time.monotonic()
+    losses = {}
     full, quantized = Activations(work.cache, name="x"), Activations(work.cache, name="z")
     reals = []
     for batch in range(len(work.full_calls)):
@@ -217,18 +275,18 @@ def _fit_group(
             wanted = F.linear(x, layer.weight.float())
             return _distance(y, wanted, reals[batch], work.settings.loss)
 
-        done.losses[name] = fit(
+        losses[name] = fit(
             f"{work.name}.{name}",
             {name: layer},
             loss_of,
             weights,
             work.settings,
-            work.generator,
+            orders[name],
             lambda epoch, loss, name=name: progress(name, epoch, loss),  # type: ignore[misc]
             work.processes,
         )
-        layer.settle()
         _share_time(done, [name], started)
+    return losses
 
 
 def _share_time(done: Training, group: list[str], started: float) -> None:
@@ -251,35 +309,41 @@ def _solve_groups(work: Work, groups: list[list[str]], done: Training) -> None:
     """
     with _rounded_once(work.layers.values()):
         for group in groups:
-            started = time.monotonic()
-            layers = {name: work.layers[name] for name in group}
-            first = layers[group[0]]
-            sizes = {name: layer.weight.shape[0] for name, layer in layers.items()}
-            moments = Moments(first.weight.shape[1], sizes, work.device)
-            for batch in range(len(work.full_calls)):
-                x, z = _inputs_of(work, group[0], batch)
-                real = work.real(batch, x)
-                x, z = x.float(), z.float()
-                errors = {
-                    name: F.linear(x, layer.weight.float()) - F.linear(z, layer.rounded())
-                    for name, layer in layers.items()
-                }
-                moments.add(z, errors, real)
-            moments.join(work.processes)
-            broken = moments.not_finite()
-            if broken is not None:
-                raise CalibrationError(
-                    f"{work.name}: the activations of layer {broken} are not finite, so it cannot"
-                    f" be solved in closed form; set compute_dtype ({work.settings.compute_dtype})"
-                    " to float32 if they are too large for a narrower one"
-                )
-            ranks = {name: layer.grid.rank for name, layer in layers.items()}
-            for name, (a, b) in moments.solve(ranks).items():
-                layer = layers[name]
-                layer.lora_A.zero_()[: len(a)] = a  # fewer rows than asked for in a narrow layer
-                layer.lora_B.zero_()[:, : len(a)] = b / layer.grid.scale
-                work.processes.copy_first((layer.lora_A, layer.lora_B))
-            _share_time(done, group, started)
+            _spread(work, group, done, lambda *_: None, lambda own: _solve_own(work, own, done))
+
+
+def _solve_own(work: Work, group: list[str], done: Training) -> dict[str, list[float]]:
+    """Solve some layers of one input, which has no losses."""
+    started = time.monotonic()
+    layers = {name: work.layers[name] for name in group}
+    first = layers[group[0]]
+    sizes = {name: layer.weight.shape[0] for name, layer in layers.items()}
+    moments = Moments(first.weight.shape[1], sizes, work.device)
+    for batch in range(len(work.full_calls)):
+        x, z = _inputs_of(work, group[0], batch)
+        real = work.real(batch, x)
+        x, z = x.float(), z.float()
+        errors = {
+            name: F.linear(x, layer.weight.float()) - F.linear(z, layer.rounded())
+            for name, layer in layers.items()
+        }
+        moments.add(z, errors, real)
+    moments.join(work.processes)
+    broken = moments.not_finite()
+    if broken is not None:
+        raise CalibrationError(
+            f"{work.name}: the activations of layer {broken} are not finite, so it cannot"
+            f" be solved in closed form; set compute_dtype ({work.settings.compute_dtype})"
+            " to float32 if they are too large for a narrower one"
+        )
+    ranks = {name: layer.grid.rank for name, layer in layers.items()}
+    for name, (a, b) in moments.solve(ranks).items():
+        layer = layers[name]
+        layer.lora_A.zero_()[: len(a)] = a  # fewer rows than asked for in a narrow layer
+        layer.lora_B.zero_()[:, : len(a)] = b / layer.grid.scale
+        work.processes.copy_from(0, (layer.lora_A, layer.lora_B))
+    _share_time(done, group, started)
+    return {}
 
 
 @contextmanager

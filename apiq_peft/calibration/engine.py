@@ -50,8 +50,8 @@ class Result:
     """What a calibration found.
 
     `factors` has A and B of all layers by name, and is empty if a store has taken the blocks;
-    `final` is the last stack with its final states in the full-precision model; `processes` says
-    how the batches were shared.
+    `final` is the last stack with its final states in the full-precision model; `processes` are
+    those that share the batches.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -76,8 +76,9 @@ def calibrate(
     blocks are on the meta device, but for the one that is calibrated.
 
     Several processes give all the same batches and share them: with P of them a step covers what it
-    would in one process with batches P times as large, or that takes P batches a step. The first
-    one alone writes files. Another number of processes may go on from them.
+    would in one process with batches P times as large, or that takes P batches a step. Or they
+    share the layers, and find what one process finds (`settings.shared`). The first one alone
+    writes files. Another number of processes may go on from them.
 
     Raises:
         ValueError: a layer cannot be quantised or calibrated, or the batches cannot be shared;
@@ -86,8 +87,9 @@ def calibrate(
             done.
         OSError: a file cannot be written; the blocks before are done.
     """
-    processes = Processes.running()
-    recorded = processes.from_first(lambda: step_batches_of(folder)) if folder else None
+    everyone = Processes.running()
+    recorded = everyone.from_first(lambda: step_batches_of(folder)) if folder else None
+    processes = everyone if settings.shared == "samples" else Processes()
     processes = processes.stepping(settings.step_batches or recorded)
     own = processes.share(batches)
     names = target_names(model, config)
@@ -96,15 +98,16 @@ def calibrate(
     files = None
     if folder is not None:
         run = describe(batches, config, settings, processes.together)
-        files = processes.from_first(lambda: BlockFiles(folder, run))
+        files = everyone.from_first(lambda: BlockFiles(folder, run))
     was_training, trained = model.training, {p for p in model.parameters() if p.requires_grad}
     model.eval().requires_grad_(False)
     if store is not None:
         store.begin(stacks)
     try:
-        show = show_progress and processes.rank == 0
+        show = show_progress and everyone.rank == 0
         with tqdm(total=_epochs(stacks, grids, settings), unit="epoch", disable=not show) as bar:
-            return _Run(model, own, grids, settings, processes, files, bar, store).all(stacks)
+            calibration = (model, own, grids, settings, everyone, processes, files, bar, store)
+            return _Run(*calibration).all(stacks)
     finally:
         model.train(was_training)
         for parameter in model.parameters():
@@ -137,13 +140,15 @@ class _Run:
         batches: Sequence[Batch],
         grids: Mapping[str, Grid],
         settings: Calibration,
+        everyone: Processes,
         processes: Processes,
         files: BlockFiles | None,
         bar: Any,
         store: BlockStore | None,
     ) -> None:
         self.model, self.batches, self.grids = model, batches, grids
-        self.settings, self.processes, self.files = settings, processes, files
+        self.settings, self.files = settings, files
+        self.everyone, self.processes = everyone, processes
         self.bar, self.store = bar, store
         self.device = next(model.parameters()).device if store is None else store.device
         self.cache = Cache(Path(settings.cache_dir) if settings.cache_dir else None)
@@ -237,6 +242,7 @@ class _Run:
             self.device,
             generator,
             self.processes,
+            self.everyone if self.settings.shared == "layers" else Processes(),
             self.cache,
         )
         self.bar.set_description_str(name)
@@ -292,7 +298,7 @@ class _Run:
             if where is None and not all_finite([states.to(dtype)]):
                 where = f" for batch {batch + 1}{in_layer(first_not_finite(layers, run, [batch]))}"
             kept.put(batch, states)
-        if self.processes.some(where is not None, self.device):
+        if self.everyone.some(where is not None, self.device):
             raise CalibrationError(
                 f"{work.name} gives values that are not finite{where or ''}; see whether the"
                 f" weights of the model are, and set compute_dtype ({self.settings.compute_dtype})"
@@ -306,7 +312,7 @@ class _Run:
             return {}, Training(), False
         known = {n: layer.weight for n, layer in layers.items()}
         if files is not None:
-            found = self.processes.from_first(lambda: files.load(work.name, known))
+            found = self.everyone.from_first(lambda: files.load(work.name, known))
             if found is not None:
                 for n, solution in found.items():
                     layers[n].take(solution)
@@ -316,7 +322,7 @@ class _Run:
         training = calibrate_block(work, held.target, held.augmented, self._progress)
         solved = {n: layer.solution() for n, layer in layers.items()}
         if files is not None:
-            self.processes.from_first(lambda: files.save(work.name, solved, known))
+            self.everyone.from_first(lambda: files.save(work.name, solved, known))
         return solved, training, False
 
     def _progress(self, layer: str, epoch: int, loss: float) -> None:

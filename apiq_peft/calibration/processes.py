@@ -97,11 +97,19 @@ class Processes:
         self.add([count])
         return bool(count > 0)
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Put the values of the first process into the tensors of all."""
+    def copy_from(self, rank: int, tensors: Sequence[Tensor]) -> None:
+        """Put the values of one process into the tensors of all."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                dist.broadcast(tensor.detach(), rank)
+
+    def gather(self, item: T) -> list[T]:
+        """Give what every process gave, in their order, to all of them."""
+        if self.count == 1:
+            return [item]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, item)
+        return found
 
     def relative(self, amounts: Sequence[float], device: torch.device) -> list[float]:
         """Give the tokens of every batch relative to the mean of those of the same step.

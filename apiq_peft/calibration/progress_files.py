@@ -23,7 +23,7 @@ from apiq_peft.quantizer import Codes
 
 _RUN = "calibration.json"
 _CODES = tuple(f.name for f in fields(Codes))
-_NOT_OF_BLOCKS = ("cache_dir", "final_epochs", "final_lr")
+_NOT_OF_BLOCKS = ("cache_dir", "final_epochs", "final_lr", "shared")
 _FACTORS = ("lora_A", "lora_B", "high_clip", "low_clip")
 
 

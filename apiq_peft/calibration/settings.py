@@ -13,6 +13,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GRANULARITIES = ("block", "layer")
 LOSSES = ("mse", "relative")
 SCHEDULES = ("constant", "cosine")
+SHARED = ("samples", "layers")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Calibration:
         metadata={
             "help": "Batches of one step, over all processes; one for each process if not given. A"
             " calibration goes on with as many processes as divide it."
+        },
+    )
+    shared: str = field(
+        default="samples",
+        metadata={
+            "help": "What several processes share: 'samples', whose gradients they add at every"
+            " step, or 'layers', where each works on other layers of one input (q, k, v; gate, up),"
+            " on all samples, and only sends what it found: for nodes with a slow network, with"
+            " granularity 'layer'."
         },
     )
     clip_lr: float = field(default=5e-3, metadata={"help": "Learning rate of the clipping."})
@@ -106,6 +116,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("granularity", GRANULARITIES),
+            ("shared", SHARED),
             ("loss", LOSSES),
             ("schedule", SCHEDULES),
             ("closed_form", ("none", "start", "refit")),
@@ -128,6 +139,12 @@ class Calibration:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.shared == "layers" and (self.granularity == "block" or self.final_epochs):
+            raise ValueError(
+                "shared is 'layers', but all layers of a block (granularity 'block') or of the"
+                " model (final_epochs) learn together; share 'samples', or set granularity to"
+                " 'layer' and final_epochs to 0"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, below 1")
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from apiq_peft import ApiQConfig, Calibration, preset, quantize
+from apiq_peft import ApiQConfig, Calibration, CalibrationError, preset, quantize
 from apiq_peft.calibration import block
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.quantize import quantize_folder
@@ -29,6 +29,7 @@ RUNS: dict[str, Calibration] = {
     "refit": preset("fast", closed_form="refit"),
     "steps": STEPS,
 }
+LAYERS = preset("apiq-lw", epochs=2, shuffle=True, closed_form="start", shared="layers")
 
 
 def padded(size: int) -> list[Mapping[str, Tensor]]:
@@ -71,6 +72,7 @@ def one_of_two(rank: int, port: int, out: Path) -> None:
     }
     for name, settings in RUNS.items():
         save_file(solved(settings, 1), out / f"{name}-{rank}.safetensors")
+    save_file(solved(LAYERS, 1), out / f"layers-{rank}.safetensors")
     messages = []
 
     def failing(action: Callable[[], Any]) -> None:
@@ -112,6 +114,14 @@ def one_of_two(rank: int, port: int, out: Path) -> None:
 
     block.fit = interrupted
     failing(lambda: solved(STEPS, 1, folder=out / "interrupted"))
+
+    def diverged(where: str, *args: Any) -> list[float]:
+        if "1.self_attn.k_proj" in where:
+            raise CalibrationError(f"{where} diverged")
+        return real_fit(where, *args)
+
+    block.fit = diverged
+    failing(lambda: solved(LAYERS, 1, folder=out / "layers"))
     block.fit = real_fit
     (out / f"messages-{rank}").write_text("\n".join(messages))
 
@@ -147,6 +157,35 @@ def test_two_processes_find_what_one_finds_with_batches_of_two(name: str, both: 
     if name == "steps":  # errors are of the first batches: another one for each process
         alone.pop("errors")
     assert_alike(first, alone)
+
+
+def test_two_processes_that_share_layers_find_what_one_finds(both: Path) -> None:
+    first, second = (load_file(both / f"layers-{rank}.safetensors") for rank in range(2))
+    alone = solved(LAYERS, 1)
+    assert first.keys() == alone.keys()
+    assert all(torch.equal(tensor, second[n]) for n, tensor in first.items())
+    assert all(torch.equal(tensor, first[n]) for n, tensor in alone.items())
+
+
+def test_a_layer_that_diverges_on_one_process_stops_both(both: Path) -> None:
+    first, second = ((both / f"messages-{rank}").read_text().splitlines() for rank in range(2))
+    wanted = "CalibrationError: model.layers.1.self_attn.k_proj diverged"
+    assert first[6] == second[6] == wanted
+    assert [p.name for p in (both / "layers").glob("*.safetensors")] == [
+        "model.layers.0.safetensors"
+    ]
+    # either way of sharing goes on from what the other left
+    found = solved(replace(LAYERS, shared="samples"), 1, folder=both / "layers")
+    alone = solved(LAYERS, 1)
+    losses = found.pop("losses")
+    assert torch.equal(losses, alone.pop("losses")[-len(losses) :])
+    assert all(torch.equal(tensor, found[n]) for n, tensor in alone.items())
+
+
+def test_layers_that_learn_together_cannot_be_shared() -> None:
+    for settings in ({"granularity": "block"}, {"granularity": "layer", "final_epochs": 1}):
+        with pytest.raises(ValueError, match="share 'samples', or set granularity to 'layer'"):
+            Calibration(shared="layers", **settings)  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_on_one_makes_both_try_again(both: Path) -> None:
