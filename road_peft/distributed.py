@@ -80,7 +80,7 @@ def merged_state_dict(
             result[key] = tensor.detach().to("cpu", copy=True)
 
     inside = tuple(f"{name}." for name in layers)
-    for key, tensor in _base(model).state_dict().items():
+    for key, tensor in _base(model).state_dict(keep_vars=True).items():
         if not key.startswith(inside):
             keep(key, whole(tensor))
     for name, layer in layers.items():

@@ -10,7 +10,7 @@ from torch import nn
 from road_peft.adapter_files import PREFIX, load_adapter_files
 from road_peft.config import RoadConfig
 from road_peft.layer import RoadLayer
-from road_peft.shards import write
+from road_peft.shards import check_writable, write
 
 
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
@@ -35,6 +35,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
             f" ({', '.join(unknown[:3])}); swap only adapters of the same layers"
         )
     for key, parameter in targets.items():
+        check_writable(parameter)
         if tensors[key].shape != parameter.shape:
             raise ValueError(
                 f"{key} has shape {tuple(tensors[key].shape)} in {path} and"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kernels_peft import invert, rotate, rotate_by_slot
 from road_peft.mixed_batch import Rows
 from road_peft.routing import Route, Routing
-from road_peft.shards import Layout, check_at_hand, own, whole
+from road_peft.shards import Layout, check_at_hand, is_shared, own, whole
 from road_peft.variants import VARIANTS
 from road_peft.weights import (
     Delta,
@@ -358,7 +358,9 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             weight, bias = self._read(self._unmerged)
             rotating, before = [*already, *names], []
         else:
-            weight, bias = whole(self.get_base_weight()), self._bias()
+            held: Any = getattr(self.get_base_layer(), self.weight_name, None)
+            weight = whole(held) if is_shared(held) else self.get_base_weight()
+            bias = self._bias()
             rotating, before = names, negative(self._deltas(already))
         rotations = [
             (*self.coefficients(name, every=True), self.group_size[name]) for name in rotating
@@ -370,7 +372,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
             after=self._deltas([*already, *names]),
             feature_dim=self.feature_dim,
         )
-        return merged, None if bias is None else rotate_bias(whole(bias.data), rotations)
+        return merged, None if bias is None else rotate_bias(whole(bias), rotations)
 
     def unmerge(self) -> None:
         """Give the base layer its own weights back.
@@ -473,7 +475,7 @@ class RoadLayer(nn.Module, upstream.RoadLayer):
 
     def _deltas(self, names: list[str]) -> list[Delta]:
         return [
-            (whole(self.road_lora_A[n].data), whole(self.road_lora_B[n].data), self.lora_scale[n])
+            (whole(self.road_lora_A[n]), whole(self.road_lora_B[n]), self.lora_scale[n])
             for n in names
             if n in self.road_lora_A
         ]

@@ -154,10 +154,14 @@ class RoadModel(upstream.RoadModel):
                 self.active_adapter = layer.active_adapters
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         # what engines hold in parts is saved whole; every process must save
-        selected = super()._get_adapter_state_dict(*args, **kwargs)
-        return {key: whole(tensor) for key, tensor in selected.items()}
+        selected = super()._get_adapter_state_dict(model, *args, **kwargs)
+        empty = {key for key, tensor in selected.items() if not tensor.numel()}  # by ZeRO-3
+        selected |= {name: p for name, p in model.named_parameters() if name in empty}
+        return {key: whole(tensor).detach() for key, tensor in selected.items()}
 
     # ---- merging ------------------------------------------------------------------------------
 
@@ -302,8 +306,8 @@ class RoadModel(upstream.RoadModel):
             if adapter_name in layer.road_theta:
                 group_size = layer.group_size[adapter_name]
                 theta, alpha = VARIANTS[variant].parameters(*combined[name], group_size)
-                write(layer.road_theta[adapter_name].data, theta)
-                write(layer.road_alpha[adapter_name].data, alpha)
+                write(layer.road_theta[adapter_name], theta)
+                write(layer.road_alpha[adapter_name], alpha)
 
     # ---- one adapter per row ------------------------------------------------------------------
 

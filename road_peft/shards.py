@@ -93,12 +93,27 @@ def layout_of(model: nn.Module, name: str, module: nn.Module) -> Layout | None:
 
 def is_shared(tensor: Any) -> bool:
     """Tell whether several processes hold parts (or copies) of this tensor."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or _is_of_zero(tensor)
+
+
+def _is_of_zero(tensor: Any) -> bool:
+    """Tell whether it is a parameter that DeepSpeed's ZeRO-3 keeps in parts."""
+    return hasattr(tensor, "ds_id")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Give all of `tensor`; every process must ask, since all send their part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Give all of `tensor`; every process must ask, since all send their part.
+
+    Of ZeRO-3 it must be the parameter itself: its `data` and `detach()` are empty most of the time.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if _is_of_zero(tensor) and tensor.numel() == 0 < tensor.ds_numel:  # type: ignore[attr-defined]
+        from deepspeed.runtime.zero import GatheredParameters  # only where it is in use
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
 
 
 def own(tensor: Tensor, layout: Layout | None) -> Tensor:
@@ -118,6 +133,19 @@ def write(target: Tensor, value: Tensor) -> None:
         value = value.to(target.device)
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
+
+
+def check_writable(target: Tensor) -> None:
+    """Refuse a tensor that `write` cannot change.
+
+    Raises:
+        ValueError: it is DeepSpeed's.
+    """
+    if _is_of_zero(target):
+        raise ValueError(
+            "the adapter lies in parts on several processes, and DeepSpeed's optimizer keeps values"
+            " of its own; change adapters before the model is given to DeepSpeed"
+        )
 
 
 def check_at_hand(tensor: Tensor | None) -> None:

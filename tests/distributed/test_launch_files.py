@@ -21,14 +21,15 @@ README = Path(__file__).parents[2] / "README.md"
 SHOWN = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_accelerate_reads_what_the_readme_shows(number: int, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(SHOWN[number])
     config = load_config_from_file(str(file))
     known = vars(launch_command_parser().parse_args(["script.py"]))
     assert config.num_processes == 8
-    assert set(getattr(config, "fsdp_config", None) or {}) <= set(known)
+    for engine in ("fsdp_config", "deepspeed_config"):
+        assert set(getattr(config, engine, None) or {}) <= set(known)
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -73,4 +74,4 @@ def test_accelerate_leaves_out_what_the_readme_names(monkeypatch: pytest.MonkeyP
 
 
 def test_all_that_are_shown_are_read() -> None:
-    assert len(SHOWN) == 2
+    assert len(SHOWN) == 3
