@@ -67,6 +67,13 @@ class ApiQConfig(LoraConfig):
             " not give, and so goes on a packed base alone."
         },
     )
+    base_codes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set with it: a fingerprint of these codes, so that an adapter is refused on"
+            " others in the same grid; None for a new adapter."
+        },
+    )
     grid_given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraModel
@@ -11,6 +12,7 @@ from torch import nn
 
 from apiq_peft.checkpoint import grids_of, mark_quantized, packed_layers, scheme_of
 from apiq_peft.config import ApiQConfig
+from apiq_peft.fingerprint import codes_digest, fingerprint
 from apiq_peft.layer import ApiQLinear, pack_layer
 from apiq_peft.packed import PackedLinear
 
@@ -67,8 +69,8 @@ class ApiQModel(LoraModel):
         """Pack and adapt the layers of one adapter; see `peft.tuners.tuners_utils.BaseTuner`.
 
         Raises:
-            ValueError: the adapter is for another grid than that of the packed layers, or it is for
-                a packed base and this one is not. Nothing was changed then.
+            ValueError: the adapter is for another grid than that of the packed layers, or for other
+                codes, or it is for a packed base and this one is not. Nothing was changed then.
         """
         config: Any = ApiQConfig.of(self.peft_config[adapter_name])
         packed, scheme = packed_layers(model), scheme_of(model)
@@ -82,13 +84,29 @@ class ApiQModel(LoraModel):
                 f" {scheme!r}; {_OTHER_BASE}"
             )
         self._check_targets(model, config)
-        if not config.packed_base and not all(layer.reproducible for layer in packed.values()):
+        if not all(layer.reproducible for layer in packed.values()):
             config = copy.copy(config)  # the one that was given may serve other models as well
-            config.packed_base = True
+            config.packed_base, config.base_codes = True, self._codes(packed, config)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if packed_layers(model):
             mark_quantized(model, config.scheme)
+
+    def _codes(self, packed: Mapping[str, PackedLinear], config: Any) -> str | None:
+        """Give the fingerprint of the codes under an adapter, and refuse other ones."""
+        digests = {
+            name: codes_digest(layer)
+            for name, layer in packed.items()
+            if self._check_target_module_exists(config, name)
+        }
+        found = fingerprint(digests)
+        if found and config.base_codes and found != config.base_codes:
+            raise ValueError(
+                "the adapter belongs to other codes than those of this model, in the same grid"
+                f" (base_codes is {config.base_codes}, here it is {found}); load the base that it"
+                " was saved with, or give a new adapter a configuration without base_codes"
+            )
+        return config.base_codes or found
 
     def _check_targets(self, model: nn.Module, config: Any) -> None:
         """Refuse layers that are not as the adapter needs them."""

@@ -28,6 +28,7 @@ from apiq_peft.calibration.stacks import Stack
 from apiq_peft.calibration.streaming import ModelFolder
 from apiq_peft.checkpoint import mark_quantized, packed_layers
 from apiq_peft.config import ApiQConfig
+from apiq_peft.fingerprint import fingerprint
 from apiq_peft.layer import ApiQLinear
 from apiq_peft.samples import batches_of, tokenised
 
@@ -157,6 +158,7 @@ def quantize_folder(
     if config.target_modules == "all-linear":
         config.target_modules = sorted(packed_layers(model))
     config.base_model_name_or_path = str(base.resolve())
+    config.base_codes = fingerprint(store.digests)
     mark_quantized(model, config.scheme)
 
     def write() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import tempfile
@@ -99,12 +98,6 @@ class Activations:
         name = f"{self._name}-{len(self._tensors):05d}"
         self._tensors.append(self._cache.empty(shape, dtype, name))
         return self._tensors[-1]
-
-
-def digest(tensor: Tensor) -> str:
-    """Give a short fingerprint of a tensor's bytes."""
-    held = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(held.tobytes(), digest_size=16).hexdigest()
 
 
 def _mapped(path: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apiq_peft.calibration.activations import Cache, digest
+from apiq_peft.calibration.activations import Cache
 from apiq_peft.calibration.stacks import Stack
+from apiq_peft.fingerprint import digest
 
 Batch = Mapping[str, Tensor]
 

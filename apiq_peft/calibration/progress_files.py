@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apiq_peft.calibration.activations import digest
 from apiq_peft.calibration.capture import Batch
 from apiq_peft.calibration.settings import Calibration
 from apiq_peft.calibration.student import Solution
 from apiq_peft.config import ApiQConfig
+from apiq_peft.fingerprint import digest
 from apiq_peft.quantizer import Codes
 
 _RUN = "calibration.json"

@@ -27,6 +27,8 @@ from transformers.utils import logging
 from apiq_peft.calibration.processes import Processes
 from apiq_peft.calibration.progress_files import write_whole
 from apiq_peft.calibration.stacks import Stack
+from apiq_peft.fingerprint import codes_digest
+from apiq_peft.packed import PackedLinear
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -67,6 +69,7 @@ class ModelFolder:
         self._parts: dict[str, list[str]] = {}  # keys of the files, by block; "" is outside
         self._shards: dict[str, list[str]] = {}  # names in the files that were written
         self.kept: dict[str, Tensor] = {}
+        self.digests: dict[str, str | None] = {}  # of the codes of finished layers
         self._keep = keep
         self._processes = Processes.running()
 
@@ -113,6 +116,9 @@ class ModelFolder:
     def finish(self, block: str) -> None:
         """Write a block and drop its tensors."""
         module = self.model.get_submodule(block)
+        for name, layer in module.named_modules():
+            if isinstance(layer, PackedLinear):
+                self.digests[f"{block}.{name}"] = codes_digest(layer)
         self._write(block, self._kept({f"{block}.{n}": t for n, t in module.state_dict().items()}))
         module.to("meta")
 

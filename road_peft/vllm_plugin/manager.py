@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.lora.layers import LoRAMappingType
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -55,14 +56,15 @@ class RoadLoRAModelManager(LRUCacheLoRAModelManager):
             if adapter_id is not None
             and isinstance(self._registered_adapters.cache.get(adapter_id), RoadAdapter)
         }
-        slots = [road.get(adapter_id, -1) for adapter_id in mapping.index_mapping]
-        self.slots.fill_(-1)
-        self.slots[: len(slots)].copy_(
-            async_tensor_h2d(slots, dtype=torch.int32, device=self.device)
-        )
-        # CUDA graphs are captured with LoRAs that stand for any adapter
-        counted = mapping.index_mapping if self.slots.is_cuda else [s + 1 for s in slots]
-        self.active[0] = any(counted)
+        if mapping.type is LoRAMappingType.LANGUAGE:  # else of an encoder, which is not rotated
+            slots = [road.get(adapter_id, -1) for adapter_id in mapping.index_mapping]
+            self.slots.fill_(-1)
+            self.slots[: len(slots)].copy_(
+                async_tensor_h2d(slots, dtype=torch.int32, device=self.device)
+            )
+            # CUDA graphs are captured with LoRAs that stand for any adapter
+            counted = mapping.index_mapping if self.slots.is_cuda else [s + 1 for s in slots]
+            self.active[0] = any(counted)
         others = {
             field: tuple(0 if i in road else i for i in getattr(mapping, field))
             for field in ("index_mapping", "prompt_mapping")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from apiq_peft import ApiQConfig, PackedLinear, preset, quantize
 from apiq_peft.export import export_lora
+from apiq_peft.quantize import quantize_folder
 from tests.apiq_peft._models import error, outputs, tiny, tokens
 
 GRID: dict[str, Any] = {"bits": 3, "group_size": 32}
@@ -106,6 +107,37 @@ def test_another_grid_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, config(**changes))
     assert base.config.quantization_config.scheme == "asymmetric"
+
+
+def calibrated(folder: Path, seed: int) -> None:
+    """Write the base and adapter of a calibration, whose codes its samples decide."""
+    tiny().save_pretrained(folder / "full")
+    steps = preset("apiq-bw", epochs=2, clip_lr=0.5)
+    quantize_folder(
+        *(folder / "full", folder / "low", tokens(seed=seed)),
+        *(config(), steps),
+        show_progress=False,
+    )
+
+
+def test_an_adapter_of_another_calibration_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("one", 1), ("two", 2)):
+        calibrated(tmp_path / name, seed)
+    one, two = (tmp_path / name / "low" for name in ("one", "two"))
+    assert settings(one / "adapter")["base_codes"] != settings(two / "adapter")["base_codes"]
+    base = AutoModelForCausalLM.from_pretrained(one / "base", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"other codes than those of this model, in the same grid"):
+        PeftModel.from_pretrained(base, str(two / "adapter"))
+    model = PeftModel.from_pretrained(base, str(one / "adapter"))
+    with pytest.raises(ValueError, match=r"load the base that it was saved with"):
+        model.load_adapter(str(two / "adapter"), "second")
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter("new", config(target_modules=["q_proj"]))
+    found: Any = model.peft_config
+    assert found["new"].base_codes not in (None, found["default"].base_codes)
+    model.save_pretrained(tmp_path / "again")
+    base = AutoModelForCausalLM.from_pretrained(one / "base")
+    PeftModel.from_pretrained(base, str(tmp_path / "again" / "new"))
 
 
 def test_whole_rows_and_patterns_are_the_grid_they_name() -> None:

@@ -6,11 +6,16 @@ import asyncio
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm
+from vllm.lora.layers import LoRAMapping, LoRAMappingType
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 import apiq_peft.vllm_plugin
@@ -47,6 +52,35 @@ def test_registering_twice_does_nothing() -> None:
         LRUCacheWorkerLoRAManager._load_adapter,
         BaseLinearLayerWithLoRA._apply_lora_to_output,
     )
+
+
+def test_the_mapping_of_an_encoder_leaves_the_slots_of_the_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from road_peft.vllm_plugin.adapter import RoadAdapter
+    from road_peft.vllm_plugin.manager import RoadLoRAModelManager
+
+    given: list[LoRAMapping] = []
+    monkeypatch.setattr(
+        LRUCacheLoRAModelManager, "_set_adapter_mapping", lambda _, mapping: given.append(mapping)
+    )
+    manager: Any = object.__new__(RoadLoRAModelManager)
+    adapters = {7: RoadAdapter(7, {}), 8: LoRAModel(8, rank=4, loras={})}
+    manager.lora_index_to_id = [8, 7]
+    manager._registered_adapters = SimpleNamespace(cache=adapters)
+    manager.device = torch.device("cpu")
+    manager.slots = torch.full((4,), -1, dtype=torch.int32)
+    manager.active = torch.zeros(1, dtype=torch.bool)
+
+    manager._set_adapter_mapping(LoRAMapping((7, 8, 0), (7,)))
+    for kind in (LoRAMappingType.TOWER, LoRAMappingType.CONNECTOR):
+        manager._set_adapter_mapping(LoRAMapping((8, 8, 7, 7), (8, 7), type=kind))
+    assert manager.slots.tolist() == [1, -1, -1, -1]
+    assert manager.active.item()
+    assert [m.index_mapping for m in given] == [(0, 8, 0), (8, 8, 0, 0), (8, 8, 0, 0)]
+    manager._set_adapter_mapping(LoRAMapping((8,), (8,)))
+    assert manager.slots.tolist() == [-1] * 4
+    assert not manager.active.item()
 
 
 def test_names_are_folders_of_road_adapters_of_the_model(model: Any, tmp_path: Path) -> None:
