@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from directions import Row, Task, collate, cut, stream
 from masking import ActivationCounter, Table
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import M2M100Config, M2M100ForConditionalGeneration, get_inverse_sqrt_schedule
 
 from recipes_peft.checkpoint import EVERY, Checkpoint
-from recipes_peft.loop import Point, to
+from recipes_peft.loop import Point, steps_left, to
 
 __all__ = ["Training", "batch", "count", "make_model", "nll", "train", "translate"]
 
@@ -117,13 +116,7 @@ def train(
         for _ in range(done * how.accumulation * processes):
             next(source)  # so that the next batch is the one that was next
     waited = _since_best(points)
-    bar = tqdm(
-        range(done + 1, how.steps + 1),
-        desc=name,
-        disable=not accelerator.is_main_process,
-        initial=done,
-        total=how.steps,
-    )
+    bar = steps_left(accelerator, name, done, how.steps)
     for step in bar:
         if waited >= how.patience:
             break

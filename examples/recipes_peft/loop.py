@@ -34,6 +34,7 @@ __all__ = [
     "generate",
     "held_out_loss",
     "measure",
+    "steps_left",
     "to",
     "train",
 ]
@@ -177,13 +178,7 @@ def fit(
         for _ in range(done * pieces):  # so that the next batch is the one that was next
             next(source)
         torch.set_rng_state(random)
-    bar = tqdm(
-        range(done + 1, how.steps + 1),
-        desc=name,
-        disable=not accelerator.is_main_process,
-        initial=done,
-        total=how.steps,
-    )
+    bar = steps_left(accelerator, name, done, how.steps)
     for step in bar:
         started = time.perf_counter()
         wrapped.train()
@@ -213,6 +208,17 @@ def fit(
     state.take_best()
     accelerator.free_memory()  # it would keep every model that it has prepared
     return points
+
+
+def steps_left(accelerator: Accelerator, name: str, done: int, steps: int) -> Any:
+    """Give a progress bar over the numbers of the steps of a training that are not done yet."""
+    return tqdm(
+        range(done + 1, steps + 1),
+        desc=name,
+        disable=not accelerator.is_main_process,
+        initial=done,
+        total=steps,
+    )
 
 
 def _again(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
