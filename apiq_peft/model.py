@@ -84,7 +84,7 @@ class ApiQModel(LoraModel):
                 f" {scheme!r}; {_OTHER_BASE}"
             )
         self._check_targets(model, config)
-        if not all(layer.reproducible for layer in packed.values()):
+        if config.packed_base or not all(layer.reproducible for layer in packed.values()):
             config = copy.copy(config)  # the one that was given may serve other models as well
             config.packed_base, config.base_codes = True, self._codes(packed, config)
         self.peft_config[adapter_name] = config

@@ -132,6 +132,9 @@ def test_an_adapter_of_another_calibration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"load the base that it was saved with"):
         model.load_adapter(str(two / "adapter"), "second")
     assert list(model.peft_config) == ["default"]
+    packed_anew = get_peft_model(tiny(), config())
+    with pytest.raises(ValueError, match="other codes"):
+        packed_anew.load_adapter(str(two / "adapter"), "second")
     model.add_adapter("new", config(target_modules=["q_proj"]))
     found: Any = model.peft_config
     assert found["new"].base_codes not in (None, found["default"].base_codes)
