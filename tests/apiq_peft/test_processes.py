@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def one_of_two(rank: int, port: int, out: Path) -> None:
     }
     for name, settings in RUNS.items():
         save_file(solved(settings, 1), out / f"{name}-{rank}.safetensors")
+    torch.set_num_threads(1)
     save_file(solved(LAYERS, 1), out / f"layers-{rank}.safetensors")
     messages = []
 
@@ -159,6 +160,16 @@ def test_two_processes_find_what_one_finds_with_batches_of_two(name: str, both: 
     assert_alike(first, alone)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sum in the order of the two processes, which bits may depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_that_share_layers_find_what_one_finds(both: Path) -> None:
     first, second = (load_file(both / f"layers-{rank}.safetensors") for rank in range(2))
     alone = solved(LAYERS, 1)
@@ -167,6 +178,7 @@ def test_two_processes_that_share_layers_find_what_one_finds(both: Path) -> None
     assert all(torch.equal(tensor, first[n]) for n, tensor in alone.items())
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_layer_that_diverges_on_one_process_stops_both(both: Path) -> None:
     first, second = ((both / f"messages-{rank}").read_text().splitlines() for rank in range(2))
     wanted = "CalibrationError: model.layers.1.self_attn.k_proj diverged"
