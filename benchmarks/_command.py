@@ -141,18 +141,19 @@ def main(command: Command, argv: Sequence[str] | None = None) -> int:
     if args.threads or args.clock == "cpu":
         torch.set_num_threads(args.threads or 1)
     place = Place.here(device, args.clock)
+    csv, png = args.out / f"{command.name}.csv", args.out / f"{command.name}.png"
+    if args.save:
+        csv = RESULTS / csv.name
     rows: list[Row] = []
+    append(csv, rows)  # so that there is a file even where --only matches nothing
     torch.manual_seed(0)
     for point in command.points(settings):
         rounds = args.rounds or command.rounds[size]
         rounds = min(rounds, point.most_rounds or rounds)
         measured = measure(point, place, rounds, device, args.clock)
         show(console, measured)
+        append(csv, measured)
         rows += measured
-    csv, png = args.out / f"{command.name}.csv", args.out / f"{command.name}.png"
-    if args.save:
-        csv = RESULTS / csv.name
-    append(csv, rows)
     args.out.mkdir(parents=True, exist_ok=True)
     plot(csv, png, command.panels)
     judged = [aim.judge(rows if aim.device in (None, device.type) else ()) for aim in command.aims]

@@ -7,8 +7,10 @@ adapter of its own. The engine has slots for all adapters, so nothing is loaded 
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,8 +41,10 @@ def vllm_points(settings: Settings) -> Iterator[Point]:
         for dtype in case.dtypes:
             label = f"vllm: {case.blocks} blocks {case.shape} {dtype_name(dtype)}"
             if settings.only.search(label):
-                with TemporaryDirectory() as folder:
-                    engine = _Engine(case, dtype, settings.device, Path(folder))
+                with (
+                    TemporaryDirectory() as folder,
+                    closing(_Engine(case, dtype, settings.device, Path(folder))) as engine,
+                ):
                     for rows in case.batches:
                         yield engine.point(label, rows)
 
@@ -70,6 +74,12 @@ class _Engine:
             enable_prefix_caching=False,
             disable_log_stats=True,
         )
+
+    def close(self) -> None:
+        """End the engine now: when it is collected later, it takes down the one that runs then."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
 
     def _adapted(self, base: Any, kind: str) -> Any:
         """Write adapters with random values, and give the model that has them."""

